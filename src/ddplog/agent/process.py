@@ -1,0 +1,234 @@
+"""The agent's process: one per run per node. Owns the socket, the clock, and the aggregator it supervises.
+
+Started by the first rank (worker/election.py), it holds agent.lock while it lives; a second one ends at once. It lives
+until every rank of the node and what launched them are gone, everything is acknowledged, and the aggregator it
+supervises, if there is one here, has finished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from ddplog.agent.shipper import Shipper
+from ddplog.bootstrap import command
+from ddplog.errors import RemoteProtocolError
+from ddplog.journal.spool import JobInfo, read_job
+from ddplog.wire.keys import aggregator_keys, load_secret, node_keys
+from ddplog.wire.sockets import DealerEndpoint
+
+_logger = logging.getLogger("ddplog.agent")
+
+_IDLE_MS: Final = 20
+_BUSY_MS: Final = 0
+_DISCOVER_NS: Final = 100_000_000
+_RESTART_BACKOFF_NS: Final = (0, 100_000_000, 500_000_000, 1_000_000_000, 5_000_000_000)
+_GIVE_UP_NS: Final = 600_000_000_000
+"""How long an agent whose ranks are gone tries to reach an aggregator before it leaves the rest to `ddplog sync`."""
+
+
+class Agent:
+    """The process's state."""
+
+    def __init__(self, folder: Path, job: JobInfo) -> None:
+        self.folder = folder
+        self.job = job
+        self.secret = load_secret(folder / "secret")
+        self.node_id = str(job.node_rank)
+        self.shipper = Shipper(folder, job.run_id, self.node_id, int(job.settings["spool_bytes"]))
+        self.dealer: DealerEndpoint | None = None
+        self.endpoint = ""
+        self.num_joins = 0
+        self.aggregator: subprocess.Popen[bytes] | None = None
+        self.num_starts = 0
+        self.started_ns = 0
+        self.is_aggregator_done = False
+        self.launcher = _pidfd(job.launcher_pid)
+        self.over_since_ns: int | None = None
+        self.discovered_ns = 0
+
+    def run(self) -> None:
+        """Ship until there is nothing left to ship."""
+        while True:
+            now = time.monotonic_ns()
+            if now - self.discovered_ns > _DISCOVER_NS:
+                self.discovered_ns = now
+                self.shipper.discover()
+            self.shipper.check_deaths(now)
+            self._supervise(now)
+            self._connect()
+            is_over = self._is_over()
+            self._exchange(now, is_over=is_over)
+            self.shipper.keep_durable(now)
+            if is_over and self._may_leave(now):
+                return
+            self._wait()
+
+    def _wait(self) -> None:
+        timeout_ms = _BUSY_MS if self.shipper.has_more else _IDLE_MS
+        if self.dealer is not None:
+            self.dealer.poll(timeout_ms)
+        else:
+            time.sleep(_IDLE_MS / 1000)
+
+    def _exchange(self, now: int, *, is_over: bool) -> None:
+        dealer = self.dealer
+        if dealer is None:
+            return
+        link = dealer.link()
+        if link.num_joins != self.num_joins:
+            self.num_joins = link.num_joins
+            self.shipper.joined()
+        for data in dealer.recv_all():
+            try:
+                self.shipper.receive(data, now)
+            except RemoteProtocolError as exc:
+                _logger.warning("dropped a message of the aggregator: %s", exc)
+        if not link.is_up:
+            return
+        for data in self.shipper.outgoing(now):
+            if not dealer.send(data):
+                self.shipper.joined()  # the queue is full: begin again from what is acknowledged
+                break
+        beat = self.shipper.heartbeat(now, is_over=is_over)
+        if beat is not None:
+            dealer.send(beat)
+            for data in self.shipper.byes():
+                dealer.send(data)
+
+    def _connect(self) -> None:
+        try:
+            info = json.loads((self.folder / "aggregator.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return
+        if info["endpoint"] == self.endpoint:
+            return
+        self.endpoint = info["endpoint"]
+        if self.dealer is not None:
+            self.dealer.close()
+        self.num_joins = 0
+        self.dealer = DealerEndpoint(
+            keys=node_keys(self.secret, self.node_id), server_key=aggregator_keys(self.secret).public
+        )
+        self.dealer.connect(self.endpoint)
+
+    # -- the aggregator
+
+    def _supervise(self, now: int) -> None:
+        if self.aggregator is not None:
+            code = self.aggregator.poll()
+            if code is None:
+                return
+            self.aggregator = None
+            if code == 0:
+                self.is_aggregator_done = self._is_over() and self.shipper.is_idle
+                _logger.info("the aggregator has finished")
+            else:
+                _logger.warning("the aggregator ended with %d", code)
+        if self.is_aggregator_done or not self.shipper.has_rank_zero or self._adopted():
+            return
+        if now - self.started_ns < _RESTART_BACKOFF_NS[min(self.num_starts, len(_RESTART_BACKOFF_NS) - 1)]:
+            return
+        self.num_starts += 1
+        self.started_ns = now
+        with (self.folder / "logs" / "aggregator.log").open("ab") as log:
+            self.aggregator = subprocess.Popen(
+                command("ddplog.aggregator.process", str(self.folder)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _adopted(self) -> bool:
+        """Whether an aggregator that an earlier agent started still lives."""
+        try:
+            pid = int(json.loads((self.folder / "aggregator.json").read_text())["pid"])
+            os.kill(pid, 0)
+        except (OSError, ValueError, KeyError):
+            return False
+        return self.aggregator is None or self.aggregator.pid != pid
+
+    # -- the end
+
+    def _is_over(self) -> bool:
+        """Whether every rank and what launched them are gone."""
+        if any(tracked.is_alive for tracked in self.shipper.tracked.values()):
+            return False
+        return self.launcher is None or not _lives(self.launcher)
+
+    def _may_leave(self, now: int) -> bool:
+        if self.over_since_ns is None:
+            self.over_since_ns = now
+        if self.shipper.has_rank_zero:
+            if self.is_aggregator_done:
+                return True
+            if self.aggregator is None and self.shipper.is_idle and not self._adopted() and self.num_starts:
+                return self._has_ended()
+        elif self.shipper.is_idle:
+            return True
+        return now - self.over_since_ns > _GIVE_UP_NS or not self.shipper.tracked
+
+    def _has_ended(self) -> bool:
+        return not (self.folder / "aggregator.json").exists()
+
+
+def _pidfd(pid: int) -> int | None:
+    if pid <= 0:
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def _lives(descriptor: int) -> bool:
+    import select
+
+    readable, _, _ = select.select([descriptor], [], [], 0)
+    return not readable
+
+
+def main() -> None:
+    """Run the agent of the job folder in argv[1]."""
+    folder = Path(sys.argv[1])
+    _detach()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s agent %(process)d %(levelname)s %(message)s")
+    lock = os.open(folder / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return
+    agent = Agent(folder, read_job(folder))
+    _logger.info("agent of run %s", agent.job.run_id)
+    try:
+        agent.run()
+    except Exception:
+        _logger.exception("the agent failed; the next log() starts another one")
+        raise
+    _logger.info("done: %r", agent.shipper)
+
+
+def _detach() -> None:
+    """Leave the job's session and close every descriptor that came with it."""
+    try:
+        os.setsid()
+    except PermissionError:
+        pass
+    os.closerange(3, int(os.sysconf("SC_OPEN_MAX")) if os.sysconf("SC_OPEN_MAX") < 1 << 20 else 1 << 16)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    main()

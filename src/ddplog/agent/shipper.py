@@ -1,0 +1,266 @@
+"""Decides what a node sends: which writers are declared, which records, when a rank is dead and its journal complete.
+
+Go-back-N per writer, resumed from the aggregator's next_seq; the journal is the send buffer, so nothing is copied or
+kept in memory. A window of bytes bounds what is under way. Has no socket and no clock: messages come in and go out as
+bytes, time is an argument.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ddplog.errors import RemoteProtocolError
+from ddplog.journal.reader import JournalReader
+from ddplog.v1 import data_pb2 as pb
+from ddplog.wire import codec
+
+_logger = logging.getLogger("ddplog.agent")
+
+WINDOW_BYTES: Final = 16 * 1024 * 1024
+BATCH_BYTES: Final = 256 * 1024
+RESEND_NS: Final = 5_000_000_000
+HEARTBEAT_NS: Final = 250_000_000
+SYNC_NS: Final = 500_000_000
+DEATH_CHECK_NS: Final = 100_000_000
+
+
+@dataclass(slots=True)
+class Tracked:
+    """A journal and what is known of its delivery."""
+
+    reader: JournalReader
+    is_alive: bool = True
+    is_welcome: bool = False
+    """The aggregator has said from where to send."""
+    acked_seq: int = 0
+    in_flight: int = 0
+    """Bytes sent and not acknowledged."""
+    sent_ns: int = 0
+    bye_seq: int | None = None
+    """Its length, once it is dead and read to the end."""
+    is_done: bool = False
+    """Dead, and all of it acknowledged."""
+    synced_seq: int = 0
+
+    @property
+    def incarnation(self) -> bytes:
+        return self.reader.incarnation
+
+
+class Shipper:
+    """The journals of one job on one node.
+
+    Args:
+        folder: The job's folder.
+        run_id: Of the run.
+        node_id: Of this node.
+        keep_bytes: Acknowledged segments kept per rank, so that a lost store can be refilled.
+    """
+
+    def __init__(self, folder: Path, run_id: str, node_id: str, keep_bytes: int) -> None:
+        self.folder = folder
+        self.run_id = run_id
+        self.node_id = node_id
+        self.keep_bytes = keep_bytes
+        self.tracked: dict[bytes, Tracked] = {}
+        self._known: set[str] = set()
+        self._is_hello_due = False
+        self._heartbeat_ns = 0
+        self._sync_ns = 0
+        self._death_ns = 0
+        self._turn = 0
+
+    # -- the node's ranks
+
+    def discover(self) -> None:
+        """Look for new journals."""
+        for path in self.folder.iterdir():
+            if path.name in self._known or "." not in path.name or not (path / "head").exists():
+                continue
+            if not (path / "alive").exists():
+                continue
+            self._known.add(path.name)
+            try:
+                reader = JournalReader(path)
+            except (OSError, ValueError, RemoteProtocolError) as exc:
+                _logger.error("cannot read the journal %s: %s", path, exc)
+                continue
+            self.tracked[reader.incarnation] = Tracked(reader=reader, acked_seq=reader.acked_seq)
+            self._is_hello_due = True
+
+    @property
+    def has_rank_zero(self) -> bool:
+        return any(tracked.reader.identity["rank"] == 0 for tracked in self.tracked.values())
+
+    @property
+    def is_idle(self) -> bool:
+        """Every rank that ever appeared is dead, and all it left is acknowledged."""
+        return bool(self.tracked) and all(tracked.is_done for tracked in self.tracked.values())
+
+    def check_deaths(self, now_ns: int) -> None:
+        """Look, at most every DEATH_CHECK_NS, which ranks have gone."""
+        if now_ns - self._death_ns < DEATH_CHECK_NS:
+            return
+        self._death_ns = now_ns
+        for tracked in self.tracked.values():
+            if tracked.is_alive and not tracked.reader.is_alive:
+                tracked.is_alive = False
+                self._is_hello_due = True
+
+    # -- messages in
+
+    def joined(self) -> None:
+        """There is a connection, perhaps to another aggregator than before: begin with a Hello."""
+        for tracked in self.tracked.values():
+            tracked.is_welcome = False
+            tracked.in_flight = 0
+        self._is_hello_due = True
+
+    def receive(self, data: bytes, now_ns: int) -> None:
+        """Take a message of the aggregator.
+
+        Raises:
+            RemoteProtocolError: If it is not one; it is dropped.
+        """
+        message = codec.decode(data)
+        if isinstance(message, pb.Welcome):
+            for cursor in message.cursors:
+                self._resume(cursor.incarnation, cursor.next_seq, now_ns)
+        elif isinstance(message, pb.Ack):
+            for cursor in message.cursors:
+                self._acknowledge(cursor.incarnation, cursor.next_seq, now_ns)
+        elif isinstance(message, pb.Reject):
+            _logger.warning("the aggregator refused: %s %s", pb.Reject.Reason.Name(message.reason), message.message)
+            if message.reason == pb.Reject.UNKNOWN_WRITER:
+                self.joined()
+            elif message.incarnation:
+                self._resume(message.incarnation, message.next_seq, now_ns)
+
+    def _resume(self, incarnation: bytes, next_seq: int, now_ns: int) -> None:
+        tracked = self.tracked.get(incarnation)
+        if tracked is None:
+            return
+        if next_seq != tracked.reader.next_seq or not tracked.is_welcome:
+            tracked.reader.seek(next_seq)
+        tracked.is_welcome = True
+        tracked.in_flight = 0
+        tracked.is_done = False
+        tracked.sent_ns = now_ns
+        self._note_acked(tracked, next_seq)
+
+    def _acknowledge(self, incarnation: bytes, next_seq: int, now_ns: int) -> None:
+        tracked = self.tracked.get(incarnation)
+        if tracked is None or not tracked.is_welcome:
+            return
+        tracked.sent_ns = now_ns
+        self._note_acked(tracked, next_seq)
+        if next_seq >= tracked.reader.next_seq:
+            tracked.in_flight = 0
+
+    def _note_acked(self, tracked: Tracked, next_seq: int) -> None:
+        tracked.acked_seq = next_seq
+        tracked.reader.set_acked(next_seq)
+        if tracked.bye_seq is not None and next_seq >= tracked.bye_seq:
+            tracked.is_done = True
+
+    # -- messages out
+
+    def outgoing(self, now_ns: int) -> Iterator[bytes]:
+        """Yield what is to be sent now; a message that could not be sent is regained by the next Welcome."""
+        if self._is_hello_due and self.tracked:
+            self._is_hello_due = False
+            yield codec.encode_hello(self.run_id, self.node_id, [_writer(t) for t in self.tracked.values()])
+        yield from self._batches(now_ns)
+
+    def _batches(self, now_ns: int) -> Iterator[bytes]:
+        ready = [tracked for tracked in self.tracked.values() if tracked.is_welcome and not tracked.is_done]
+        total = sum(tracked.in_flight for tracked in ready)
+        self._turn += 1
+        for index in range(len(ready)):
+            tracked = ready[(index + self._turn) % len(ready)]
+            if tracked.in_flight and now_ns - tracked.sent_ns > RESEND_NS:
+                total -= tracked.in_flight
+                tracked.in_flight = 0
+                tracked.reader.seek(tracked.acked_seq)
+            if total >= WINDOW_BYTES:
+                continue
+            was_alive = tracked.is_alive
+            chunk = tracked.reader.read(BATCH_BYTES)
+            if chunk is not None:
+                tracked.in_flight += len(chunk.payload)
+                total += len(chunk.payload)
+                tracked.sent_ns = now_ns
+                yield codec.encode_batch(
+                    tracked.incarnation, chunk.first_seq, chunk.num_records, chunk.payload, chunk.epoch
+                )
+            elif not was_alive and tracked.bye_seq is None:
+                tracked.bye_seq = tracked.reader.next_seq
+                yield codec.encode_bye(tracked.incarnation, tracked.bye_seq, finished=tracked.reader.has_finished)
+                self._note_acked(tracked, tracked.acked_seq)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a writer is far from read to its end: send again at once."""
+        return any(tracked.in_flight >= BATCH_BYTES // 2 for tracked in self.tracked.values())
+
+    def heartbeat(self, now_ns: int, *, is_over: bool) -> bytes | None:
+        """Return a Heartbeat if one is due."""
+        if now_ns - self._heartbeat_ns < HEARTBEAT_NS:
+            return None
+        self._heartbeat_ns = now_ns
+        progress = []
+        for tracked in self.tracked.values():
+            reader = tracked.reader
+            step = reader.step  # read before next_seq is taken: it counts once the store holds what is read so far
+            progress.append(
+                codec.make_progress(tracked.incarnation, step, reader.next_seq, reader.drops, tracked.in_flight)
+            )
+        return codec.encode_heartbeat(self.node_id, progress, is_over=is_over)
+
+    def byes(self) -> Iterator[bytes]:
+        """Yield the ends again, for an aggregator that may have missed them."""
+        for tracked in self.tracked.values():
+            if tracked.bye_seq is not None and tracked.is_welcome:
+                yield codec.encode_bye(tracked.incarnation, tracked.bye_seq, finished=tracked.reader.has_finished)
+
+    # -- upkeep
+
+    def keep_durable(self, now_ns: int) -> None:
+        """Make new records durable on this node's disk, at most every SYNC_NS, and delete what is no longer needed."""
+        if now_ns - self._sync_ns < SYNC_NS:
+            return
+        self._sync_ns = now_ns
+        for tracked in self.tracked.values():
+            if tracked.synced_seq != tracked.reader.next_seq:
+                tracked.synced_seq = tracked.reader.next_seq
+                tracked.reader.sync()
+                tracked.reader.trim(tracked.acked_seq, self.keep_bytes)
+
+    def close(self) -> None:
+        """Close every journal."""
+        for tracked in self.tracked.values():
+            tracked.reader.close()
+
+    def __repr__(self) -> str:
+        done = sum(tracked.is_done for tracked in self.tracked.values())
+        return f"<Shipper node={self.node_id} writers={len(self.tracked)} done={done}>"
+
+
+def _writer(tracked: Tracked) -> pb.Writer:
+    identity = tracked.reader.identity
+    return pb.Writer(
+        incarnation=tracked.incarnation,
+        rank=identity["rank"],
+        world_size=identity["world_size"],
+        local_rank=identity["local_rank"],
+        node_rank=identity["node_rank"],
+        pid=identity["pid"],
+        host=identity["host"],
+        boot_id=identity["boot_id"],
+        started_unix_ns=identity["started_unix_ns"],
+        is_alive=tracked.is_alive,
+    )

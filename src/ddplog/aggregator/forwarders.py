@@ -1,0 +1,89 @@
+"""Owns the forwarder processes of a run: one per sink, started again when one crashes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ddplog.bootstrap import command
+
+_logger = logging.getLogger("ddplog.aggregator")
+
+EXIT_FAILED: Final = 3
+"""The forwarder cannot work at all (its sink's package is missing): it is not started again."""
+_BACKOFF_NS: Final = (0, 200_000_000, 1_000_000_000, 5_000_000_000, 30_000_000_000)
+
+
+@dataclass(slots=True)
+class _Forwarder:
+    sink: str
+    process: subprocess.Popen[bytes] | None = None
+    has_ended: bool = False
+    num_starts: int = 0
+    started_ns: int = 0
+
+
+class Forwarders:
+    """The forwarders of one run.
+
+    Args:
+        run_dir: The run's folder.
+        sinks: Their specs.
+    """
+
+    def __init__(self, run_dir: Path, sinks: Sequence[str]) -> None:
+        self.run_dir = run_dir
+        self._forwarders = [_Forwarder(sink=sink) for sink in sinks]
+
+    def supervise(self, now_ns: int) -> None:
+        """Start what is not running."""
+        for forwarder in self._forwarders:
+            if forwarder.process is not None:
+                code = forwarder.process.poll()
+                if code is None:
+                    continue
+                forwarder.process = None
+                if code in (0, EXIT_FAILED):
+                    forwarder.has_ended = True
+                else:
+                    _logger.warning("the forwarder to %s ended with %d", forwarder.sink, code)
+            backoff = _BACKOFF_NS[min(forwarder.num_starts, len(_BACKOFF_NS) - 1)]
+            if not forwarder.has_ended and now_ns - forwarder.started_ns >= backoff:
+                self._start(forwarder, now_ns)
+
+    def _start(self, forwarder: _Forwarder, now_ns: int) -> None:
+        forwarder.num_starts += 1
+        forwarder.started_ns = now_ns
+        logs = self.run_dir / "logs"
+        logs.mkdir(exist_ok=True)
+        with (logs / f"forward-{forwarder.sink.split(':')[0]}.log").open("ab") as log:
+            arguments = command("ddplog.forward.__main__", "--run-dir", str(self.run_dir), "--sink", forwarder.sink)
+            forwarder.process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    @property
+    def have_ended(self) -> bool:
+        """Whether every forwarder has delivered the run's end, or cannot."""
+        return all(forwarder.has_ended for forwarder in self._forwarders)
+
+    def states(self) -> list[Mapping[str, Any]]:
+        """Return every sink's state.json."""
+        result: list[Mapping[str, Any]] = []
+        for path in sorted((self.run_dir / "sinks").glob("*/state.json")):
+            try:
+                result.append(json.loads(path.read_text()))
+            except (OSError, json.JSONDecodeError):
+                continue
+        return result
+
+    def leave(self) -> None:
+        """Let them run on by themselves."""
+        for forwarder in self._forwarders:
+            if forwarder.process is not None:
+                forwarder.process.returncode = 0  # no ResourceWarning: it is meant to outlive us

@@ -1,0 +1,332 @@
+"""The aggregator's process: one per run. Owns the ROUTER, the store's writing side, the control server, the forwarders.
+
+One thread, one loop: take messages, let the pipeline decide, make its effects durable, then answer. gRPC's threads see
+only a prepared snapshot, and leave the launcher's word in a queue.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Final
+
+from ddplog.aggregator.control import ControlServer
+from ddplog.aggregator.forwarders import Forwarders
+from ddplog.aggregator.snapshot import Snapshots
+from ddplog.core.dedup import Duplicate, Gap
+from ddplog.core.pipeline import Effects, Options, Pipeline, Writer, WriterInfo
+from ddplog.errors import RemoteProtocolError
+from ddplog.journal.spool import JobInfo, read_job, write_atomic
+from ddplog.store.rank_log import Position
+from ddplog.store.run_store import RunStore, StoreError
+from ddplog.v1 import data_pb2 as pb
+from ddplog.v1.control_pb2 import FinishReply, FinishRequest
+from ddplog.wire import codec
+from ddplog.wire.keys import aggregator_keys, allow_list, load_secret
+from ddplog.wire.sockets import RouterEndpoint, self_attack
+
+_logger = logging.getLogger("ddplog.aggregator")
+
+_POLL_MS: Final = 20
+_COMMIT_NS: Final = 20_000_000
+_COMMIT_BYTES: Final = 8 * 1024 * 1024
+_TRIM_NS: Final = 10_000_000_000
+_RETRY_S: Final = 1.0
+_MAX_NODES: Final = 64
+
+
+class Aggregator:
+    """The process's state."""
+
+    def __init__(self, folder: Path, job: JobInfo) -> None:
+        self.folder = folder
+        self.job = job
+        settings = job.settings
+        self.store = RunStore(job.run_dir, _run_row(job))
+        now = time.monotonic_ns()
+        options = Options(
+            grace_ns=int(settings["grace_s"] * 1e9),
+            late_ns=int(settings["late_s"] * 1e9),
+            settle_ns=int(settings["settle_s"] * 1e9),
+            max_keys=int(settings["max_keys"]),
+        )
+        self.pipeline = Pipeline(options, self.store.restore(), now)
+        self._positions: deque[tuple[int, Position]] = deque()
+        self._replay(now)
+        secret = load_secret(folder / "secret")
+        self.router = RouterEndpoint(
+            host=str(settings["host"]),
+            port=int(settings["port"]),
+            keys=aggregator_keys(secret),
+            nodes=allow_list(secret, map(str, range(_MAX_NODES))),
+        )
+        self_attack(self.router)
+        self.snapshots = Snapshots(job, self.pipeline, self.store)
+        self.words: queue.Queue[tuple[FinishRequest, Future[FinishReply]]] = queue.Queue()
+        self._heard: list[Future[FinishReply]] = []
+        self.control = ControlServer(folder / "c.sock", self.snapshots.current, self._finish)
+        self.forwarders = Forwarders(job.run_dir, job.sinks)
+        self.nodes: dict[str, bytes] = {}
+        self._due_welcome: dict[bytes, list[Writer]] = {}
+        self._due_ack: dict[bytes, dict[int, Writer]] = {}
+        self._pending_bytes = 0
+        self._committed_ns = now
+        self._trimmed_ns = now
+        self._is_stopping = False
+        self._announce()
+
+    def _announce(self) -> None:
+        control = str(self.folder / "c.sock")
+        word = {
+            "endpoint": self.router.endpoint,
+            "pid": os.getpid(),
+            "run_dir": str(self.job.run_dir),
+            "control": control,
+        }
+        write_atomic(self.folder / "aggregator.json", json.dumps(word).encode())
+        write_atomic(self.job.run_dir / "control.json", json.dumps({"socket": control, "pid": os.getpid()}).encode())
+
+    def _replay(self, now: int) -> None:
+        for position, writer_id, first_seq, payload in self.store.entries(self.store.replay_from):
+            self._positions.append((self.pipeline.num_entries, position))
+            self.pipeline.replay(writer_id, first_seq, payload, now)
+
+    # -- the loop
+
+    def run(self) -> None:
+        """Serve until the run has ended and every forwarder has."""
+        signal.signal(signal.SIGTERM, self._stop)
+        while True:
+            for received in self.router.poll(_POLL_MS):
+                self._handle(received.routing_id, received.node_id, received.data)
+            self._hear()
+            now = time.monotonic_ns()
+            if self._is_commit_due(now):
+                self.pipeline.tick(now, time.time_ns())
+                self._commit(now)
+            self.forwarders.supervise(now)
+            self.snapshots.refresh(now, self.forwarders)
+            if self._is_stopping or (self.pipeline.is_closed and self.forwarders.have_ended):
+                break
+        self.close()
+
+    def _is_commit_due(self, now: int) -> bool:
+        return now - self._committed_ns >= _COMMIT_NS or self._pending_bytes >= _COMMIT_BYTES
+
+    def _handle(self, routing_id: bytes, node_id: str, data: bytes) -> None:
+        now, wall = time.monotonic_ns(), time.time_ns()
+        try:
+            message = codec.decode(data)
+            if isinstance(message, pb.Hello):
+                self._hello(routing_id, node_id, message, now, wall)
+            elif isinstance(message, pb.Batch):
+                self._batch(routing_id, node_id, message, now, wall)
+            elif isinstance(message, pb.Heartbeat):
+                self._heartbeat(node_id, message, now)
+            elif isinstance(message, pb.Bye):
+                self.pipeline.bye(message.incarnation, message.next_seq, now, wall)
+        except (RemoteProtocolError, ValueError) as exc:
+            _logger.warning("dropped a message of node %s: %s", node_id, exc)
+
+    def _hello(self, routing_id: bytes, node_id: str, hello: pb.Hello, now: int, wall: int) -> None:
+        if hello.run_id != self.job.run_id or hello.node_id != node_id:
+            text = f"this is run {self.job.run_id}, and you are node {node_id}"
+            self._reject(routing_id, pb.Reject.WRONG_RUN, b"", 0, text)
+            return
+        infos = [_info(writer, node_id) for writer in hello.writers]
+        strangers = [info for info in infos if not self._is_owner(info.incarnation, node_id)]
+        if strangers:
+            self._reject(routing_id, pb.Reject.NOT_YOURS, strangers[0].incarnation, 0, "another node's writer")
+            return
+        self._due_welcome[routing_id] = self.pipeline.hello(infos, now, wall)
+
+    def _is_owner(self, incarnation: bytes, node_id: str) -> bool:
+        writer = self.pipeline.writers.get(incarnation)
+        return writer is None or writer.info.node_id == node_id
+
+    def _batch(self, routing_id: bytes, node_id: str, batch: pb.Batch, now: int, wall: int) -> None:
+        incarnation = batch.incarnation
+        if not self._is_owner(incarnation, node_id):
+            self._reject(routing_id, pb.Reject.NOT_YOURS, incarnation, 0, "another node's writer")
+            return
+        payload = batch.payload
+        outcome = self.pipeline.batch(incarnation, batch.first_seq, batch.num_records, payload, now, wall)
+        if outcome is None:
+            self._reject(routing_id, pb.Reject.UNKNOWN_WRITER, incarnation, 0, "say Hello first")
+        elif isinstance(outcome, Gap):
+            self._reject(routing_id, pb.Reject.OUT_OF_ORDER, incarnation, outcome.next_seq, "records are missing")
+        else:
+            writer = self.pipeline.writers[incarnation]
+            self._due_ack.setdefault(routing_id, {})[writer.writer_id] = writer
+            if not isinstance(outcome, Duplicate):
+                self._pending_bytes += len(payload)
+
+    def _heartbeat(self, node_id: str, heartbeat: pb.Heartbeat, now: int) -> None:
+        self.pipeline.node(node_id, heartbeat.is_over, now)
+        for progress in heartbeat.progress:
+            if self._is_owner(progress.incarnation, node_id):
+                self.pipeline.progress(
+                    progress.incarnation,
+                    progress.step if progress.HasField("step") else None,
+                    progress.through_seq,
+                    {drop.reason: drop.count for drop in progress.drops},
+                    progress.backlog_bytes,
+                    now,
+                )
+
+    def _reject(self, routing_id: bytes, reason: pb.Reject.Reason, incarnation: bytes, seq: int, text: str) -> None:
+        self.router.send(routing_id, codec.encode_reject(reason, incarnation, seq, text))
+
+    # -- durability
+
+    def _commit(self, now: int) -> None:
+        effects = self.pipeline.take()
+        for stale in self.pipeline.take_stale(now, at_once=self.pipeline.is_closed):
+            entries = chain(
+                ((writer_id, first_seq, payload) for _, writer_id, first_seq, payload in self.store.entries()),
+                ((entry.writer_id, entry.first_seq, entry.payload) for entry in effects.log),
+            )
+            emission = self.pipeline.derive(stale, entries)
+            if emission is not None:
+                effects.emissions.append((stale.attempt, emission))
+        if effects:
+            self._make_durable(effects)
+            self.snapshots.note(effects)
+        self._committed_ns = time.monotonic_ns()
+        self._pending_bytes = 0
+        self._answer()
+        if now - self._trimmed_ns > _TRIM_NS:
+            self._trimmed_ns = now
+            keep_from = self._positions[0][1].file if self._positions else self.store.rank_log.end.file
+            self.store.rank_log.trim(int(self.job.settings["rank_log_bytes"]), keep_from)
+
+    def _make_durable(self, effects: Effects) -> None:
+        """Commit, however long the disk stays full: nothing is acknowledged meanwhile, and the journals hold it."""
+        base = self.pipeline.num_entries - len(effects.log)
+        needed = self.pipeline.oldest_entry_needed
+        kept: list[tuple[int, Position]] = []
+
+        def locate(positions: list[Position]) -> Position | None:
+            kept[:] = [
+                (ordinal, position)
+                for ordinal, position in chain(
+                    self._positions, zip(range(base, base + len(positions)), positions, strict=True)
+                )
+                if ordinal >= needed
+            ]
+            return kept[0][1] if kept else None
+
+        while True:
+            try:
+                self.store.commit(effects, locate, time.time_ns())
+            except StoreError as exc:
+                _logger.error("cannot write the store, trying again: %s", exc)
+                self.snapshots.trouble = str(exc)
+                time.sleep(_RETRY_S)
+            else:
+                self.snapshots.trouble = ""
+                self._positions = deque(kept)
+                return
+
+    def _answer(self) -> None:
+        for routing_id, writers in self._due_welcome.items():
+            self.router.send(routing_id, codec.encode_welcome(self.store.uuid, map(_cursor, writers)))
+        for routing_id, acked in self._due_ack.items():
+            self.router.send(routing_id, codec.encode_ack(map(_cursor, acked.values())))
+        self._due_welcome.clear()
+        self._due_ack.clear()
+        for future in self._heard:
+            future.set_result(FinishReply(status=(self.pipeline.verdict or ("running", ""))[0]))
+        self._heard.clear()
+
+    # -- the control plane
+
+    def _finish(self, request: FinishRequest) -> FinishReply:
+        """Called by gRPC's threads."""
+        answer: Future[FinishReply] = Future()
+        self.words.put((request, answer))
+        return answer.result(timeout=30)
+
+    def _hear(self) -> None:
+        while not self.words.empty():
+            request, answer = self.words.get_nowait()
+            wall = time.time_ns()
+            for end in request.exits:
+                self.pipeline.rank_exit(
+                    end.rank,
+                    end.pid,
+                    end.exit_code if end.HasField("exit_code") else None,
+                    end.signal if end.HasField("signal") else None,
+                    end.message,
+                    wall,
+                )
+            self.pipeline.finish(request.status, request.detail, time.monotonic_ns())
+            self._heard.append(answer)
+
+    def _stop(self, signum: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's signature
+        self._is_stopping = True
+
+    def close(self) -> None:
+        """Commit what is there and leave the run readable."""
+        self._commit(time.monotonic_ns())
+        self.snapshots.refresh(time.monotonic_ns(), self.forwarders, at_once=True)
+        self.control.stop(0.5)
+        self.forwarders.leave()
+        (self.folder / "aggregator.json").unlink(missing_ok=True)
+        (self.job.run_dir / "control.json").unlink(missing_ok=True)
+        self.router.close()
+        self.store.close()
+
+    def __repr__(self) -> str:
+        return f"<Aggregator {self.job.run_id} {self.pipeline!r} {self.store!r}>"
+
+
+def _run_row(job: JobInfo) -> dict[str, object]:
+    row = asdict(job)
+    return {name: row[name] for name in ("run_id", "project", "name", "tags", "config", "created_unix_ns", "sinks")}
+
+
+def _info(writer: pb.Writer, node_id: str) -> WriterInfo:
+    return WriterInfo(
+        incarnation=writer.incarnation,
+        rank=writer.rank,
+        world_size=writer.world_size,
+        local_rank=writer.local_rank,
+        node_rank=writer.node_rank,
+        node_id=node_id,
+        host=writer.host,
+        pid=writer.pid,
+        boot_id=writer.boot_id,
+        started_unix_ns=writer.started_unix_ns,
+        is_alive=writer.is_alive,
+    )
+
+
+def _cursor(writer: Writer) -> codec.Cursor:
+    return writer.info.incarnation, writer.next_seq, writer.attempt
+
+
+def main() -> None:
+    """Run the aggregator of the job folder in argv[1]."""
+    folder = Path(sys.argv[1])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s aggregator %(process)d %(levelname)s %(message)s")
+    aggregator = Aggregator(folder, read_job(folder))
+    _logger.info("aggregator of run %s at %s", aggregator.job.run_id, aggregator.router.endpoint)
+    aggregator.run()
+    _logger.info("done: %r", aggregator)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Turns a batch's payload, whole journal frames, into columns: one array per run of records with the same keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ddplog.core.reduce import F64, I64
+from ddplog.core.records import KIND_SCALARS, PREFIX_BYTES, Record, decode, scan_payload
+
+_PREFIX_WORDS = PREFIX_BYTES // 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Scalar records of one writer with the same keys, in the order of seq. M records, K keys."""
+
+    schema_id: int
+    steps: I64
+    """[M]"""
+    times: I64
+    """[M] wall time, ns."""
+    weights: F64
+    """[M]"""
+    values: F64
+    """[M, K]"""
+
+    def columns(self, sources: Sequence[int]) -> Rows:
+        """Keep some keys, by index."""
+        return Rows(
+            schema_id=self.schema_id,
+            steps=self.steps,
+            times=self.times,
+            weights=self.weights,
+            values=self.values[:, sources],
+        )
+
+    def where(self, mask: np.ndarray) -> Rows:
+        """Keep some records; `mask`: [M] bool."""
+        return Rows(
+            schema_id=self.schema_id,
+            steps=self.steps[mask],
+            times=self.times[mask],
+            weights=self.weights[mask],
+            values=self.values[mask],
+        )
+
+
+def split(payload: bytes, first_seq: int) -> tuple[int, list[Rows | Record]]:
+    """Split a payload.
+
+    Args:
+        payload: Whole frames.
+        first_seq: The seq its first frame must have.
+
+    Returns:
+        (number of records, runs of scalar records and single other records, in the order of seq).
+
+    Raises:
+        ValueError: If the frames do not fill the payload, their seqs are not consecutive, or one is malformed.
+    """
+    whole = _as_one_run(payload, first_seq)
+    if whole is not None:
+        return len(whole.steps), [whole]
+    frames = scan_payload(payload)
+    items: list[Rows | Record] = []
+    start = 0
+    heads = [payload[offset + 16 : offset + 24] for offset, _ in frames]
+    while start < len(frames):
+        end = start + 1
+        offset, length = frames[start]
+        if heads[start][0] != KIND_SCALARS:
+            record = decode(payload, offset)
+            if record.seq != first_seq + start:
+                raise ValueError(f"seq {record.seq} where {first_seq + start} belongs")
+            items.append(record)
+        else:
+            while end < len(frames) and heads[end] == heads[start]:
+                end += 1
+            words = np.frombuffer(payload, "<u8", (end - start) * length // 8, offset).reshape(end - start, -1)
+            items.append(_rows(words, first_seq + start))
+        start = end
+    return len(frames), items
+
+
+def _as_one_run(payload: bytes, first_seq: int) -> Rows | None:
+    """Return the whole payload as one run, if all its frames are scalars of one schema: the common case."""
+    total = len(payload)
+    length = int.from_bytes(payload[:4], "little")
+    if length < PREFIX_BYTES or length & 7 or total % length or payload[16] != KIND_SCALARS:
+        return None
+    words = np.frombuffer(payload, "<u8").reshape(-1, length // 8)
+    if (words[:, 0] & 0xFFFFFFFF != length).any() or (words[:, 2] != words[0, 2]).any():
+        return None
+    return _rows(words, first_seq)
+
+
+def _rows(words: np.ndarray, first_seq: int) -> Rows:
+    count = words.shape[0]
+    if int(words[0, 1]) != first_seq or int(words[-1, 1]) != first_seq + count - 1:
+        raise ValueError(f"seqs {words[0, 1]}..{words[-1, 1]} where {first_seq}.. belongs")
+    num_keys = int(words[0, 2]) >> 32
+    if _PREFIX_WORDS + num_keys != words.shape[1]:
+        raise ValueError(f"{num_keys} values do not fill {words.shape[1] * 8} bytes")
+    signed, floats = words.view("<i8"), words.view("<f8")
+    return Rows(
+        schema_id=int(words[0, 2]) >> 8 & 0xFFFFFF,
+        steps=signed[:, 3],
+        times=signed[:, 4],
+        weights=floats[:, 5],
+        values=floats[:, _PREFIX_WORDS:],
+    )

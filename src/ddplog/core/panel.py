@@ -1,0 +1,451 @@
+"""Decides when a step of a group of keys is complete and what its points are. Owns the open windows.
+
+A panel is a group of keys that are logged together (the keys of a schema that no earlier panel had). Its windows,
+one per step, are rows of arrays [R, S, K]: ranks that ever logged one of the keys, step slots, keys. A batch of
+many steps of one rank is then one array assignment, and closing many steps one reduction.
+
+A window is closed, that is reduced and emitted,
+  - when the watermark reaches its step, or
+  - `settle_ns` after every expected rank has reported every key of it (not for keys that ranks were seen to log
+    repeatedly in a step: those wait for the watermark), in the order of steps, or
+  - if it was opened at or below the watermark (late): when complete, or `late_ns` after it was opened.
+
+Closed windows are kept, the newest `keep_closed` of them: a late value reopens its window, and the point is
+emitted again with everything in it. A value for a step whose window is gone is not reduced here: its (key, step)
+becomes stale, and the caller derives it again from the rank log, once per deadline.
+
+`expected` per key: every declared rank at first. A rank leaves after passing MISSES_TO_LEAVE steps at which others
+logged the key and it did not, or when nothing can be expected of it any more; it joins with its first value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from ddplog.core.batches import Rows
+from ddplog.core.reduce import F64, I64, Block, Bool, fold, reduce_block
+
+MISSES_TO_LEAVE: Final = 3
+KEEP_CLOSED: Final = 256
+FREE, OPEN, CLOSED = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emission:
+    """Points of S steps x K keys; those with n == 0 do not exist. Arrays [S, K] unless said."""
+
+    key_ids: Sequence[int]
+    """K."""
+    steps: I64
+    """[S]"""
+    block: Block
+    value: F64
+    expected: I64
+    nan_count: I64
+    inf_count: I64
+    bad_rank: I64
+    """Lowest rank with a NaN or Inf; -1 if none had one."""
+    time_unix_ns: I64
+    """[S]: of the step's last record."""
+    rank_values: Sequence[tuple[int, int, int, float, int]] = ()
+    """(key_id, step, rank, value, time_unix_ns) of keys declared reduce="none"."""
+    disagreements: Sequence[tuple[int, int]] = ()
+    """(key_id, step) of replicated keys whose ranks did not agree."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStates:
+    """How far the W declared ranks are. Arrays [W]."""
+
+    progress: I64
+    """The largest step the rank has shown."""
+    ended: Bool
+    """It will send nothing more: nothing is expected of it beyond its progress."""
+    silent: Bool
+    """It has shown no step although its grace is over: nothing is expected of it."""
+
+
+@dataclass(slots=True)
+class _NonFinite:
+    """NaN and Inf of one (step, key): kept aside because they are rare."""
+
+    nans: int = 0
+    infs: int = 0
+    ranks: set[int] = field(default_factory=set)
+    signs: set[float] = field(default_factory=set)
+
+
+class Panel:
+    """The windows of one group of keys.
+
+    Args:
+        key_ids: K ids.
+        reductions: K names.
+        replicated: K flags: the ranks must agree.
+        world_size: Declared ranks.
+        settle_ns: See the module.
+        late_ns: See the module.
+        keep_closed: Closed windows kept for late values.
+        emitted_to: Largest step an earlier life of the aggregator emitted; values at or below it are stale.
+    """
+
+    def __init__(
+        self,
+        key_ids: Sequence[int],
+        reductions: Sequence[str],
+        replicated: Sequence[bool],
+        *,
+        world_size: int,
+        settle_ns: int,
+        late_ns: int,
+        keep_closed: int = KEEP_CLOSED,
+        emitted_to: int | None = None,
+    ) -> None:
+        self.key_ids = tuple(key_ids)
+        self.reductions = list(reductions)
+        self.replicated = list(replicated)
+        self.settle_ns = settle_ns
+        self.late_ns = late_ns
+        self.keep_closed = keep_closed
+        num_keys = len(self.key_ids)
+        self.expected: Bool = np.ones((world_size, num_keys), np.bool_)
+        self._misses = np.zeros((world_size, num_keys), np.int8)
+        self._repeats = False
+        self._now_ordinal = 0
+        self._rows: dict[int, int] = {}
+        self._ranks = np.zeros(0, np.int64)
+        self._order = np.zeros(0, np.int64)
+        self._slots: dict[int, int] = {}
+        self._free: list[int] = []
+        self._closed: dict[int, None] = {}  # steps, oldest first
+        self._evicted_to = emitted_to
+        self.stale_steps: set[int] = set()
+        self.stale_since_ns: int | None = None
+        self._nonfinite: dict[tuple[int, int], _NonFinite] = {}
+        self._allocate(1, 16)
+
+    # -- storage
+
+    def _allocate(self, rows: int, slots: int) -> None:
+        keys = len(self.key_ids)
+        self._value = np.full((rows, slots, keys), np.nan)
+        self._weight = np.zeros((rows, slots, keys))
+        self._count = np.zeros((rows, slots, keys), np.int32)
+        self._time = np.zeros((rows, slots), np.int64)
+        self._state = np.zeros(slots, np.int8)
+        self._step = np.zeros(slots, np.int64)
+        self._late: Bool = np.zeros(slots, np.bool_)
+        self._opened = np.zeros(slots, np.int64)
+        self._touched = np.zeros(slots, np.int64)
+        self._ordinal = np.zeros(slots, np.int64)
+        self._arrived = np.zeros((slots, keys), np.int32)
+        self._free = list(range(slots - 1, -1, -1))
+
+    def _grow(self, rows: int, slots: int) -> None:
+        old_rows, old_slots, keys = self._value.shape
+        if rows <= old_rows and slots <= old_slots:
+            return
+        new_rows = max(old_rows, rows if rows <= old_rows else max(rows, 2 * old_rows))
+        new_slots = max(old_slots, slots if slots <= old_slots else max(slots, 2 * old_slots))
+        for name, filler in (("_value", np.nan), ("_weight", 0.0), ("_count", 0)):
+            old = getattr(self, name)
+            new = np.full((new_rows, new_slots, keys), filler, old.dtype)
+            new[:old_rows, :old_slots] = old
+            setattr(self, name, new)
+        time = np.zeros((new_rows, new_slots), np.int64)
+        time[:old_rows, :old_slots] = self._time
+        self._time = time
+        for name in ("_state", "_step", "_late", "_opened", "_touched", "_ordinal", "_arrived"):
+            old = getattr(self, name)
+            new = np.zeros((new_slots, *old.shape[1:]), old.dtype)
+            new[:old_slots] = old
+            setattr(self, name, new)
+        self._free = list(range(new_slots - 1, old_slots - 1, -1)) + self._free
+
+    def _row(self, rank: int) -> int:
+        row = self._rows.get(rank)
+        if row is None:
+            row = self._rows[rank] = len(self._rows)
+            self._grow(row + 1, 0)
+            self._ranks = np.sort(np.fromiter(self._rows, np.int64))
+            self._order = np.asarray([self._rows[int(r)] for r in self._ranks], np.int64)
+        return row
+
+    def _slot(self, step: int, watermark: int, now_ns: int) -> int:
+        """Return the step's slot, opening or reopening its window; -1 if its window is gone for good."""
+        slot = self._slots.get(step)
+        if slot is not None:
+            if self._state[slot] == CLOSED:
+                self._state[slot] = OPEN
+                self._late[slot] = True
+                self._opened[slot] = now_ns
+                self._closed.pop(step, None)
+            return slot
+        if self._evicted_to is not None and step <= self._evicted_to:
+            self.stale_steps.add(step)
+            if self.stale_since_ns is None:
+                self.stale_since_ns = now_ns
+            return -1
+        if not self._free:
+            self._grow(0, len(self._state) + 1)
+        slot = self._free.pop()
+        self._slots[step] = slot
+        self._state[slot] = OPEN
+        self._step[slot] = step
+        self._late[slot] = step <= watermark
+        self._opened[slot] = now_ns
+        self._ordinal[slot] = self._now_ordinal
+        return slot
+
+    def _release(self, step: int) -> None:
+        slot = self._slots.pop(step)
+        self._state[slot] = FREE
+        self._value[:, slot] = np.nan
+        self._weight[:, slot] = 0
+        self._count[:, slot] = 0
+        self._arrived[slot] = 0
+        self._free.append(slot)
+        if self._nonfinite:
+            for key in range(len(self.key_ids)):
+                self._nonfinite.pop((step, key), None)
+        if self._evicted_to is None or step > self._evicted_to:
+            self._evicted_to = step
+
+    # -- ingest
+
+    def add(
+        self, rank: int, rows: Rows, columns: Sequence[int] | None, watermark: int, now_ns: int, ordinal: int = 0
+    ) -> None:
+        """Take records of one rank.
+
+        Args:
+            rank: Whose they are.
+            rows: Their values, [M, K'].
+            columns: Which key of the panel each of the K' columns is; None: all of them, in order.
+            watermark: Of the attempt, before these records.
+            now_ns: Monotonic time.
+            ordinal: Number of the rank log's entry they are in; `oldest_open` returns the smallest still needed.
+        """
+        self._now_ordinal = ordinal
+        row = self._row(rank)
+        slots = np.asarray([self._slot(step, watermark, now_ns) for step in rows.steps.tolist()], np.int64)
+        keep = slots >= 0
+        if not keep.all():
+            rows = rows.where(keep)
+            slots = slots[keep]
+            if not len(slots):
+                return
+        self._touched[slots] = now_ns
+        if len(slots) == 1:
+            is_unique = True
+        else:
+            is_unique = bool((rows.steps[1:] > rows.steps[:-1]).all())
+        is_new = is_unique and columns is None and not self._count[row, slots].any()
+        if is_new and np.isfinite(rows.values).all():
+            self._value[row, slots] = rows.values
+            self._weight[row, slots] = rows.weights[:, None]
+            self._count[row, slots] = 1
+            self._arrived[slots] += 1
+        else:
+            self._add_one_by_one(rank, row, slots, rows, columns or range(len(self.key_ids)))
+        self._time[row, slots] = rows.times
+        seen = slice(None) if columns is None else list(columns)
+        if self._misses[rank, seen].any() or not self.expected[rank, seen].all():
+            self.expected[rank, seen] = True
+            self._misses[rank, seen] = 0
+
+    def _add_one_by_one(self, rank: int, row: int, slots: I64, rows: Rows, columns: Sequence[int]) -> None:
+        finite = np.isfinite(rows.values)
+        for m, slot in enumerate(slots.tolist()):
+            weight = float(rows.weights[m])
+            for j, k in enumerate(columns):
+                value = float(rows.values[m, j])
+                count = int(self._count[row, slot, k])
+                self._count[row, slot, k] = count + 1
+                if count == 0:
+                    self._arrived[slot, k] += 1
+                else:
+                    self._repeats = True
+                if not finite[m, j]:
+                    self._note_nonfinite(int(rows.steps[m]), k, rank, value)
+                elif np.isnan(self._value[row, slot, k]):
+                    self._value[row, slot, k] = value
+                    self._weight[row, slot, k] = weight
+                else:
+                    self._value[row, slot, k], self._weight[row, slot, k] = fold(
+                        self.reductions[k],
+                        float(self._value[row, slot, k]),
+                        float(self._weight[row, slot, k]),
+                        value,
+                        weight,
+                    )
+
+    def _note_nonfinite(self, step: int, key: int, rank: int, value: float) -> None:
+        entry = self._nonfinite.setdefault((step, key), _NonFinite())
+        entry.ranks.add(rank)
+        if np.isnan(value):
+            entry.nans += 1
+        else:
+            entry.infs += 1
+            entry.signs.add(value)
+
+    # -- closing
+
+    @property
+    def num_open(self) -> int:
+        """Open windows."""
+        return len(self._slots) - len(self._closed)
+
+    @property
+    def oldest_open(self) -> int | None:
+        """Smallest rank log entry that an open window was made from; None if none is open."""
+        if not self.num_open:
+            return None
+        return int(self._ordinal[self._state == OPEN].min())
+
+    def close_ready(
+        self, watermark: int, ranks: RankStates, now_ns: int, *, at_once: bool = False, max_open: int = 0
+    ) -> Emission | None:
+        """Close the windows whose time has come.
+
+        Args:
+            watermark: Of the attempt.
+            ranks: How far each rank is.
+            now_ns: Monotonic time.
+            at_once: Everything, since nothing more will come.
+            max_open: Close the oldest beyond this many, complete or not; 0: no limit.
+
+        Returns:
+            The points, in the order of steps; None if no window was ready.
+        """
+        if not self.num_open:
+            return None
+        is_open = self._state == OPEN
+        if at_once:
+            ready = is_open
+        else:
+            over = is_open & ~self._late & (self._step <= watermark)
+            opened = np.flatnonzero(is_open)
+            complete = np.zeros_like(is_open)
+            needed = np.maximum(self._needed(self._step[opened], ranks), 1)
+            complete[opened] = (self._arrived[opened] >= needed).all(axis=1)
+            settled = complete & (now_ns - self._touched >= self.settle_ns)
+            if self._repeats:
+                settled &= self._late
+            waiting = is_open & ~self._late & ~over & ~settled
+            if waiting.any():
+                settled &= self._late | (self._step < self._step[waiting].min())
+            overdue = is_open & self._late & (now_ns - self._opened >= self.late_ns)
+            ready = over | settled | overdue
+            excess = self.num_open - int(ready.sum()) - max_open if max_open else 0
+            if excess > 0:
+                rest = np.flatnonzero(is_open & ~ready)
+                ready[rest[np.argsort(self._step[rest])][:excess]] = True
+        slots = np.flatnonzero(ready)
+        if not len(slots):
+            return None
+        slots = slots[np.argsort(self._step[slots])]
+        emission = self._emit(slots, ranks)
+        for slot in slots.tolist():
+            self._closed[int(self._step[slot])] = None
+        self._state[slots] = CLOSED
+        self._late[slots] = False
+        while len(self._closed) > self.keep_closed:
+            oldest = next(iter(self._closed))
+            del self._closed[oldest]
+            self._release(oldest)
+        return emission
+
+    def _emit(self, slots: I64, ranks: RankStates) -> Emission:
+        grid = np.ix_(self._order, slots)
+        values, present, times = self._value[grid], self._count[grid] > 0, self._time[grid]
+        steps = self._step[slots].copy()
+        expected = self._count_expected(present, slots, ranks)
+        block = reduce_block(values, self._weight[grid], present, times, self._ranks, self.reductions)
+        value = block.value.copy()
+        shape = value.shape
+        nan_count, inf_count = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        bad_rank = np.full(shape, -1, np.int64)
+        if self._nonfinite:
+            for s, step in enumerate(steps.tolist()):
+                for k in range(shape[1]):
+                    entry = self._nonfinite.get((step, k))
+                    if entry is None:
+                        continue
+                    nan_count[s, k], inf_count[s, k], bad_rank[s, k] = entry.nans, entry.infs, min(entry.ranks)
+                    if block.num_finite[s, k] == 0 and not entry.nans and len(entry.signs) == 1:
+                        value[s, k] = next(iter(entry.signs))
+        seen = present.any(axis=2)
+        return Emission(
+            key_ids=self.key_ids,
+            steps=steps,
+            block=block,
+            value=value,
+            expected=expected,
+            nan_count=nan_count,
+            inf_count=inf_count,
+            bad_rank=bad_rank,
+            time_unix_ns=np.where(seen, times, 0).max(axis=0),
+            rank_values=self._rank_values(values, present, times, steps) if "none" in self.reductions else (),
+            disagreements=self._disagreements(block, steps) if any(self.replicated) else (),
+        )
+
+    def _needed(self, steps: I64, ranks: RankStates) -> I64:
+        """Return [S, K]: how many ranks are expected to have logged the key at the step."""
+        here = self.expected & ~(ranks.silent | ranks.ended)[:, None]
+        gone = np.flatnonzero(ranks.ended & ~ranks.silent)
+        was_there = (ranks.progress[gone, None] >= steps[None, :]).T.astype(np.int64)
+        return np.asarray(here.sum(axis=0) + was_there @ self.expected[gone].astype(np.int64))
+
+    def _count_expected(self, present: Bool, slots: I64, ranks: RankStates) -> I64:
+        """Return [S, K], and let ranks leave that passed the key too often.
+
+        Whoever logged a key is expected to, so that equal counts mean that all expected ranks did.
+        """
+        steps = self._step[slots]
+        result = self._needed(steps, ranks)
+        if not (result - present.sum(axis=0)).any():
+            self._misses[:] = 0
+            return result
+        full = np.zeros_like(self.expected)
+        for s in range(len(slots)):
+            full[:] = False
+            full[self._ranks] = present[:, s]
+            result[s] = self._needed(steps[s : s + 1], ranks)[0]
+            if self._late[slots[s]]:
+                continue
+            missed = self.expected & ~full & (ranks.progress > steps[s])[:, None] & full.any(axis=0)
+            self._misses[missed] += 1
+            self._misses[full] = 0
+            self.expected &= self._misses < MISSES_TO_LEAVE
+        return result
+
+    def _rank_values(
+        self, values: F64, present: Bool, times: I64, steps: I64
+    ) -> list[tuple[int, int, int, float, int]]:
+        result = []
+        for k, name in enumerate(self.reductions):
+            if name != "none":
+                continue
+            for s, step in enumerate(steps.tolist()):
+                for r in np.flatnonzero(present[:, s, k]).tolist():
+                    result.append(
+                        (self.key_ids[k], step, int(self._ranks[r]), float(values[r, s, k]), int(times[r, s]))
+                    )
+        return result
+
+    def _disagreements(self, block: Block, steps: I64) -> list[tuple[int, int]]:
+        differs = (block.min != block.max) & (block.num_finite > 1)
+        return [
+            (self.key_ids[k], int(steps[s])) for s, k in zip(*np.nonzero(differs), strict=True) if self.replicated[k]
+        ]
+
+    def __repr__(self) -> str:
+        return (
+            f"<Panel keys={len(self.key_ids)} ranks={len(self._rows)} open={self.num_open} "
+            f"closed={len(self._closed)} stale={len(self.stale_steps)}>"
+        )

@@ -1,0 +1,820 @@
+"""Decides everything the aggregator decides: writers, attempts, dedup, reduction, how the run ended.
+
+Events go in through the methods of Pipeline, each with the time; what is to be done comes out of `take()` as one
+Effects, which the process around it makes durable in one transaction before it acknowledges anything.
+
+Attempts: an attempt is one set of ranks that train together. A new one opens when a writer declares another world
+size, or a rank whose holder in the current attempt has ended. Reductions never mix attempts. A second living holder
+of a rank is stored and not reduced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from ddplog.core.batches import Rows, split
+from ddplog.core.dedup import Accept, Duplicate, Gap, admit
+from ddplog.core.panel import Emission, Panel, RankStates
+from ddplog.core.records import KIND_SCHEMA, NO_STEP, Record, scan_payload
+from ddplog.core.reduce import is_reduction
+from ddplog.core.watermark import NOTHING_YET, Watermark
+
+SILENT_NODE_NS: Final = 30_000_000_000
+"""A node without a sign of life for this long, after the launcher's last word, is not waited for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Settings the pipeline decides with; see config.Settings."""
+
+    grace_ns: int
+    late_ns: int
+    settle_ns: int
+    max_keys: int
+    max_open: int = 65_536
+    """Open windows per panel beyond which the oldest close incomplete: a rank far ahead must not fill the memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriterInfo:
+    """What a Hello says of a writer."""
+
+    incarnation: bytes
+    rank: int
+    world_size: int
+    local_rank: int
+    node_rank: int
+    node_id: str
+    host: str
+    pid: int
+    boot_id: str
+    started_unix_ns: int
+    is_alive: bool
+
+
+@dataclass(slots=True)
+class Writer:
+    """A writer as the pipeline knows it."""
+
+    writer_id: int
+    info: WriterInfo
+    attempt: int
+    is_reduced: bool = True
+    next_seq: int = 0
+    last_seq: int | None = None
+    """Seqs below this exist, known from its Bye."""
+    state: str = "running"
+    said_finish: bool = False
+    finish_status: str = ""
+    detail: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    ended_unix_ns: int | None = None
+    step: int = NO_STEP
+    pending_step: tuple[int, int] | None = None
+    """(step, through_seq) shown by the agent, not yet reached."""
+    last_seen_ns: int = 0
+    last_moved_ns: int = 0
+    backlog_bytes: int = 0
+    schemas: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    drops: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more will come, and all of it is here."""
+        return self.last_seq is not None and self.next_seq >= self.last_seq
+
+
+class LogEntry(NamedTuple):
+    """Records to append to the rank log."""
+
+    writer_id: int
+    attempt: int
+    rank: int
+    incarnation: bytes
+    first_seq: int
+    num_records: int
+    payload: bytes
+
+
+class KeyRow(NamedTuple):
+    key_id: int
+    name: str
+    reduce: str
+    replicated: bool
+
+
+class EventRow(NamedTuple):
+    attempt: int
+    rank: int | None
+    step: int | None
+    kind: str
+    level: str
+    message: str
+    data: str
+    time_unix_ns: int
+
+
+class TextRow(NamedTuple):
+    attempt: int
+    rank: int
+    key: str
+    step: int | None
+    text: str
+    time_unix_ns: int
+
+
+class ParamRow(NamedTuple):
+    attempt: int
+    rank: int
+    name: str
+    value: str
+    time_unix_ns: int
+
+
+class AttemptRow(NamedTuple):
+    attempt: int
+    world_size: int
+    opened_unix_ns: int
+    reason: str
+
+
+@dataclass(slots=True)
+class Effects:
+    """What is to be made durable, then answered."""
+
+    log: list[LogEntry] = field(default_factory=list)
+    emissions: list[tuple[int, Emission]] = field(default_factory=list)
+    keys: list[KeyRow] = field(default_factory=list)
+    events: list[EventRow] = field(default_factory=list)
+    texts: list[TextRow] = field(default_factory=list)
+    params: list[ParamRow] = field(default_factory=list)
+    attempts: list[AttemptRow] = field(default_factory=list)
+    schemas: list[tuple[int, int, tuple[str, ...]]] = field(default_factory=list)
+    writers: dict[int, Writer] = field(default_factory=dict)
+    """Writers whose row changed."""
+    status: tuple[str, str] | None = None
+    """(status, detail) of the run, when it changed."""
+    num_values: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.log
+            or self.emissions
+            or self.keys
+            or self.events
+            or self.texts
+            or self.params
+            or self.attempts
+            or self.schemas
+            or self.writers
+            or self.status
+        )
+
+
+class _Piece(NamedTuple):
+    """Part of a schema that lies in one panel."""
+
+    panel: Panel
+    columns: tuple[int, ...] | None
+    """Of the panel; None: all of them in order."""
+    sources: tuple[int, ...] | None
+    """Of the schema; None: all of them in order."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    number: int
+    watermark: Watermark
+    opened_unix_ns: int
+    holders: dict[int, Writer] = field(default_factory=dict)
+    panels: list[Panel] = field(default_factory=list)
+    home: dict[int, tuple[Panel, int]] = field(default_factory=dict)
+    """key_id -> (panel, column)"""
+    layouts: dict[tuple[str, ...], tuple[_Piece, ...]] = field(default_factory=dict)
+    members: list[Writer] = field(default_factory=list)
+
+
+class Stale(NamedTuple):
+    """Points to derive again from the rank log."""
+
+    attempt: int
+    key_ids: tuple[int, ...]
+    steps: frozenset[int] | None
+    """None: every step."""
+
+
+class Restored(NamedTuple):
+    """What the store remembers of an earlier life of the aggregator."""
+
+    writers: Sequence[Writer]
+    attempts: Sequence[AttemptRow]
+    keys: Sequence[KeyRow]
+    params: Mapping[str, str]
+    emitted_to: Mapping[tuple[int, int], int]
+    """(attempt, key_id) -> largest step emitted."""
+    definitions: Sequence[tuple[str, str, bool]]
+
+
+class Pipeline:
+    """The aggregator's decisions.
+
+    Args:
+        options: See Options.
+        restored: What an earlier life left in the store, if there was one.
+        now_ns: Monotonic time.
+    """
+
+    def __init__(self, options: Options, restored: Restored | None = None, now_ns: int = 0) -> None:
+        self.options = options
+        self.writers: dict[bytes, Writer] = {}
+        self.attempts: dict[int, _Attempt] = {}
+        self.keys: dict[str, KeyRow] = {}
+        self.names: dict[int, str] = {}
+        self.definitions: list[tuple[str, str, bool]] = []
+        self.params: dict[str, tuple[str, int]] = {}
+        self.nodes_over: dict[str, bool] = {}
+        self.node_seen_ns: dict[str, int] = {}
+        self.verdict: tuple[str, str] | None = None
+        self.verdict_ns = 0
+        self.is_closed = False
+        self.num_values = 0
+        self.num_entries = 0
+        self._by_id: dict[int, Writer] = {}
+        self.key_overflow = 0
+        self._redefined: set[int] = set()
+        self._emitted_to: dict[tuple[int, int], int] = {}
+        self._effects = Effects()
+        if restored is not None:
+            self._restore(restored, now_ns)
+
+    def take(self) -> Effects:
+        """Return what has accumulated, and begin anew."""
+        effects, self._effects = self._effects, Effects()
+        return effects
+
+    @property
+    def attempt(self) -> int:
+        """The current attempt; -1 before the first."""
+        return max(self.attempts, default=-1)
+
+    # -- writers and attempts
+
+    def hello(self, infos: Iterable[WriterInfo], now_ns: int, time_unix_ns: int) -> list[Writer]:
+        """A node declares writers, or says more of known ones.
+
+        Returns:
+            The writers, in the order given.
+        """
+        result = []
+        for info in sorted(infos, key=lambda info: (info.started_unix_ns, info.rank)):
+            self.node_seen_ns[info.node_id] = now_ns
+            self.nodes_over[info.node_id] = False
+            writer = self.writers.get(info.incarnation)
+            if writer is None:
+                writer = self._admit_writer(info, now_ns, time_unix_ns)
+            writer.info = info
+            writer.last_seen_ns = now_ns
+            result.append(writer)
+        return result
+
+    def _admit_writer(self, info: WriterInfo, now_ns: int, time_unix_ns: int) -> Writer:
+        attempt, is_reduced = self._choose_attempt(info, now_ns, time_unix_ns)
+        writer = Writer(
+            writer_id=len(self.writers) + 1,
+            info=info,
+            attempt=attempt.number,
+            is_reduced=is_reduced,
+            last_seen_ns=now_ns,
+            last_moved_ns=now_ns,
+        )
+        self.writers[info.incarnation] = self._by_id[writer.writer_id] = writer
+        attempt.members.append(writer)
+        if is_reduced:
+            attempt.holders[info.rank] = writer
+            attempt.watermark.join(info.rank, now_ns)
+        else:
+            writer.state = "duplicate"
+            self._event(
+                writer,
+                time_unix_ns,
+                "duplicate_rank",
+                "error",
+                f"a second process (pid {info.pid} on {info.host}) says it is rank {info.rank}; it is stored, not reduced",
+            )
+        self._effects.writers[writer.writer_id] = writer
+        if self.is_closed:
+            self.is_closed = False
+            self.verdict = None
+            self._effects.status = ("running", "")
+        return writer
+
+    def _choose_attempt(self, info: WriterInfo, now_ns: int, time_unix_ns: int) -> tuple[_Attempt, bool]:
+        if not self.attempts:
+            return self._open_attempt(info, now_ns, time_unix_ns, "start"), True
+        current = self.attempts[self.attempt]
+        if info.world_size != current.watermark.world_size:
+            reason = f"world size {current.watermark.world_size} -> {info.world_size}"
+            return self._open_attempt(info, now_ns, time_unix_ns, reason), True
+        holder = current.holders.get(info.rank)
+        if holder is None:
+            return current, True
+        if holder.state != "running" or not holder.info.is_alive:
+            return self._open_attempt(info, now_ns, time_unix_ns, f"rank {info.rank} restarted"), True
+        if not info.is_alive:  # a dead rank's journal, found late: it belongs to an attempt before this one
+            for number in sorted(self.attempts, reverse=True)[1:]:
+                earlier = self.attempts[number]
+                if earlier.watermark.world_size == info.world_size and info.rank not in earlier.holders:
+                    return earlier, True
+        return current, False
+
+    def _open_attempt(self, info: WriterInfo, now_ns: int, time_unix_ns: int, reason: str) -> _Attempt:
+        number = self.attempt + 1
+        watermark = Watermark(info.world_size, self.options.grace_ns, now_ns)
+        attempt = self.attempts[number] = _Attempt(number=number, watermark=watermark, opened_unix_ns=time_unix_ns)
+        self._effects.attempts.append(AttemptRow(number, info.world_size, time_unix_ns, reason))
+        if number:
+            self._effects.events.append(
+                EventRow(number, None, None, "restart", "warning", f"attempt {number}: {reason}", "{}", time_unix_ns)
+            )
+        return attempt
+
+    # -- records
+
+    def batch(
+        self, incarnation: bytes, first_seq: int, num_records: int, payload: bytes, now_ns: int, time_unix_ns: int
+    ) -> Accept | Duplicate | Gap | None:
+        """Take a batch.
+
+        Returns:
+            What became of it; None if the writer is unknown. After Accept, and only once the effects are durable,
+            the writer's next_seq may be acknowledged.
+
+        Raises:
+            ValueError: If the payload is not what it says; nothing of it is taken.
+        """
+        writer = self.writers.get(incarnation)
+        if writer is None:
+            return None
+        writer.last_seen_ns = now_ns
+        decision = admit(writer.next_seq, first_seq, num_records)
+        if not isinstance(decision, Accept):
+            return decision
+        if decision.skip:
+            payload = payload[scan_payload(payload)[decision.skip][0] :]
+        count, items = split(payload, writer.next_seq)
+        if count + decision.skip != num_records:
+            raise ValueError(f"{count + decision.skip} records in a batch of {num_records}")
+        for item in items:
+            if isinstance(item, Record):
+                self._message(writer, item, time_unix_ns)
+            else:
+                self._scalars(writer, item, now_ns)
+        self._effects.log.append(
+            LogEntry(writer.writer_id, writer.attempt, writer.info.rank, incarnation, writer.next_seq, count, payload)
+        )
+        self.num_entries += 1
+        writer.next_seq += count
+        writer.last_moved_ns = now_ns
+        self._effects.writers[writer.writer_id] = writer
+        self._reach_pending(writer, now_ns)
+        self._settle_end(writer, time_unix_ns)
+        return decision
+
+    def _scalars(self, writer: Writer, rows: Rows, now_ns: int) -> None:
+        self._effects.num_values += rows.values.size
+        self.num_values += rows.values.size
+        step = int(rows.steps.max())
+        if writer.is_reduced:
+            attempt = self.attempts[writer.attempt]
+            self._reduce(writer, attempt, rows, attempt.watermark.value(now_ns), now_ns)
+            attempt.watermark.advance(writer.info.rank, step, now_ns)
+        writer.step = max(writer.step, step)
+
+    def _reduce(self, writer: Writer, attempt: _Attempt, rows: Rows, watermark: int, now_ns: int) -> None:
+        for piece in self._layout(attempt, self._schema(writer, rows)):
+            part = rows if piece.sources is None else rows.columns(piece.sources)
+            piece.panel.add(writer.info.rank, part, piece.columns, watermark, now_ns, self.num_entries)
+
+    def _schema(self, writer: Writer, rows: Rows) -> tuple[str, ...]:
+        keys = writer.schemas.get(rows.schema_id)
+        if keys is None or len(keys) != rows.values.shape[1]:
+            raise ValueError(f"writer {writer.writer_id}: schema {rows.schema_id} is not that of these records")
+        return keys
+
+    def _layout(self, attempt: _Attempt, keys: tuple[str, ...]) -> tuple[_Piece, ...]:
+        layout = attempt.layouts.get(keys)
+        if layout is None:
+            layout = attempt.layouts[keys] = self._make_layout(attempt, keys)
+        return layout
+
+    def _make_layout(self, attempt: _Attempt, keys: tuple[str, ...]) -> tuple[_Piece, ...]:
+        rows = [self._key(name) for name in keys]
+        fresh = [row for row in rows if row is not None and row.key_id not in attempt.home]
+        if fresh:
+            emitted = [self._emitted_to.get((attempt.number, row.key_id)) for row in fresh]
+            known = [step for step in emitted if step is not None]
+            panel = self._panel(attempt, fresh, max(known) if known else None)
+            attempt.panels.append(panel)
+            attempt.home.update({row.key_id: (panel, column) for column, row in enumerate(fresh)})
+        by_panel: dict[int, tuple[Panel, list[int], list[int]]] = {}
+        for source, row in enumerate(rows):
+            if row is None:
+                continue
+            panel, column = attempt.home[row.key_id]
+            _, columns, sources = by_panel.setdefault(id(panel), (panel, [], []))
+            columns.append(column)
+            sources.append(source)
+        pieces = []
+        for panel, columns, sources in by_panel.values():
+            is_whole = columns == list(range(len(panel.key_ids)))
+            is_all = sources == list(range(len(keys)))
+            pieces.append(_Piece(panel, None if is_whole else tuple(columns), None if is_all else tuple(sources)))
+        return tuple(pieces)
+
+    def _panel(self, attempt: _Attempt, rows: Sequence[KeyRow], emitted_to: int | None = None) -> Panel:
+        return Panel(
+            [row.key_id for row in rows],
+            [row.reduce for row in rows],
+            [row.replicated for row in rows],
+            world_size=attempt.watermark.world_size,
+            settle_ns=self.options.settle_ns,
+            late_ns=self.options.late_ns,
+            emitted_to=emitted_to,
+        )
+
+    def _key(self, name: str) -> KeyRow | None:
+        row = self.keys.get(name)
+        if row is None:
+            if len(self.keys) >= self.options.max_keys:
+                self.key_overflow += 1
+                return None
+            reduce, replicated = self._definition(name)
+            row = self.keys[name] = KeyRow(len(self.keys) + 1, name, reduce, replicated)
+            self.names[row.key_id] = name
+            self._effects.keys.append(row)
+        return row
+
+    def _definition(self, name: str) -> tuple[str, bool]:
+        for pattern, reduce, replicated in self.definitions:
+            if fnmatchcase(name, pattern):
+                return reduce, replicated
+        return "mean", False
+
+    # -- messages
+
+    def _message(self, writer: Writer, record: Record, time_unix_ns: int) -> None:
+        message = record.message or {}
+        if record.kind == KIND_SCHEMA:
+            keys = tuple(str(key) for key in message["keys"])
+            writer.schemas[int(message["id"])] = keys
+            self._effects.schemas.append((writer.writer_id, int(message["id"]), keys))
+            return
+        step = None if record.step == NO_STEP else record.step
+        at = record.time_unix_ns
+        kind = message.get("type")
+        if kind == "define":
+            self._define(str(message["pattern"]), str(message["reduce"]), bool(message["replicated"]), writer, at)
+        elif kind == "params":
+            self._params(writer, message["values"], at)
+        elif kind == "text":
+            self._effects.texts.append(
+                TextRow(writer.attempt, writer.info.rank, str(message["key"]), step, str(message["text"]), at)
+            )
+        elif kind == "alert":
+            text = f"{message['title']}: {message['text']}" if message.get("text") else str(message["title"])
+            self._event(writer, at, "alert", str(message["level"]), text, step=step)
+        elif kind == "finish":
+            writer.said_finish = True
+            writer.finish_status = str(message.get("status", "finished"))
+            writer.detail = str(message.get("detail", ""))
+            writer.last_seq = record.seq + 1
+            writer.ended_unix_ns = at
+        else:
+            self._event(writer, time_unix_ns, "unknown_message", "warning", f"a record of unknown type {kind!r}")
+
+    def _define(self, pattern: str, reduce: str, replicated: bool, writer: Writer, time_unix_ns: int) -> None:
+        known = next((entry for entry in self.definitions if entry[0] == pattern), None)
+        if known == (pattern, reduce, replicated):
+            return
+        if known is not None or not is_reduction(reduce):
+            why = f"rank {writer.info.rank} defines {pattern!r} as {reduce}"
+            self._event(
+                writer, time_unix_ns, "disagreement", "warning", f"{why}; {known or 'unknown reduction'} stands"
+            )
+            return
+        self.definitions.append((pattern, reduce, replicated))
+        self._effects.events.append(
+            EventRow(
+                writer.attempt,
+                writer.info.rank,
+                None,
+                "define",
+                "info",
+                f"{pattern}: {reduce}",
+                json.dumps([pattern, reduce, replicated]),
+                time_unix_ns,
+            )
+        )
+        for name, row in list(self.keys.items()):
+            wanted = self._definition(name)
+            if wanted == (row.reduce, row.replicated):
+                continue
+            row = self.keys[name] = row._replace(reduce=wanted[0], replicated=wanted[1])
+            self._effects.keys.append(row)
+            for attempt in self.attempts.values():
+                if row.key_id in attempt.home:
+                    panel, column = attempt.home[row.key_id]
+                    panel.reductions[column], panel.replicated[column] = wanted
+                    self._redefined.add(row.key_id)
+
+    def _params(self, writer: Writer, values: Mapping[str, Any], time_unix_ns: int) -> None:
+        for name, value in values.items():
+            text = json.dumps(value, default=str)
+            known = self.params.get(name)
+            if known is None:
+                self.params[name] = (text, writer.info.rank)
+                self._effects.params.append(ParamRow(writer.attempt, writer.info.rank, name, text, time_unix_ns))
+            elif known[0] != text:
+                self._event(
+                    writer,
+                    time_unix_ns,
+                    "disagreement",
+                    "warning",
+                    f"param {name}: rank {writer.info.rank} has {text}, rank {known[1]} had {known[0]}",
+                )
+
+    # -- progress and ends
+
+    def progress(
+        self,
+        incarnation: bytes,
+        step: int | None,
+        through_seq: int,
+        drops: Mapping[str, int],
+        backlog_bytes: int,
+        now_ns: int,
+    ) -> None:
+        """An agent says what it sees of a rank: its ambient step, its drops, what is still to send."""
+        writer = self.writers.get(incarnation)
+        if writer is None:
+            return
+        writer.last_seen_ns = now_ns
+        self.node_seen_ns[writer.info.node_id] = now_ns
+        writer.backlog_bytes = backlog_bytes
+        if dict(drops) != writer.drops:
+            writer.drops = dict(drops)
+            self._effects.writers[writer.writer_id] = writer
+        if step is not None:
+            writer.pending_step = (step, through_seq)
+            self._reach_pending(writer, now_ns)
+
+    def _reach_pending(self, writer: Writer, now_ns: int) -> None:
+        if writer.pending_step is not None and writer.pending_step[1] <= writer.next_seq:
+            step = writer.pending_step[0]
+            writer.pending_step = None
+            if step > writer.step:
+                writer.step = step
+                writer.last_moved_ns = now_ns
+            if writer.is_reduced:
+                self.attempts[writer.attempt].watermark.advance(writer.info.rank, step, now_ns)
+
+    def bye(self, incarnation: bytes, next_seq: int, now_ns: int, time_unix_ns: int) -> None:
+        """A writer's process is gone; seqs below `next_seq` exist."""
+        writer = self.writers.get(incarnation)
+        if writer is None or writer.state in ("finished", "died"):
+            return
+        writer.last_seen_ns = now_ns
+        writer.last_seq = next_seq
+        self._settle_end(writer, time_unix_ns)
+
+    def _settle_end(self, writer: Writer, time_unix_ns: int) -> None:
+        if not writer.has_ended or writer.state in ("finished", "died"):
+            return
+        writer.state = "finished" if writer.said_finish else "died"
+        writer.ended_unix_ns = writer.ended_unix_ns or time_unix_ns
+        if not writer.said_finish:
+            if writer.exit_code is None and writer.signal is None and not writer.detail:
+                writer.detail = "died, code unknown"
+            self._event(writer, time_unix_ns, "death", "error", f"rank {writer.info.rank}: {writer.detail}")
+        elif writer.finish_status == "failed":
+            self._event(writer, time_unix_ns, "failure", "error", f"rank {writer.info.rank}: {writer.detail}")
+        if writer.is_reduced:
+            attempt = self.attempts[writer.attempt]
+            if attempt.holders.get(writer.info.rank) is writer:
+                attempt.watermark.end(writer.info.rank)
+        self._effects.writers[writer.writer_id] = writer
+
+    def node(self, node_id: str, is_over: bool, now_ns: int) -> None:
+        """A node's sign of life; `is_over`: no further writer will come from it."""
+        self.node_seen_ns[node_id] = now_ns
+        self.nodes_over[node_id] = is_over
+
+    def rank_exit(
+        self, rank: int, pid: int, exit_code: int | None, signal: int | None, message: str, time_unix_ns: int
+    ) -> None:
+        """The launcher says how a rank of the current attempt ended."""
+        candidates = [w for w in self.writers.values() if w.info.rank == rank and pid in (0, w.info.pid)]
+        if not candidates:
+            return
+        writer = candidates[-1]
+        writer.exit_code, writer.signal = exit_code, signal
+        writer.detail = message or writer.detail
+        if writer.state == "running":
+            self._event(writer, time_unix_ns, "exit", "error", f"rank {rank}: {message}")
+        self._effects.writers[writer.writer_id] = writer
+
+    def finish(self, status: str, detail: str, now_ns: int) -> None:
+        """The launcher's verdict; it becomes the run's status once every record is stored."""
+        self.verdict = (status, detail)
+        self.verdict_ns = now_ns
+
+    @property
+    def is_drained(self) -> bool:
+        """Every declared writer has ended and all it left is here."""
+        return all(writer.has_ended for writer in self.writers.values())
+
+    def tick(self, now_ns: int, time_unix_ns: int) -> None:
+        """Close what is due; decide whether the run is over."""
+        for attempt in self.attempts.values():
+            self._close(attempt, now_ns, time_unix_ns)
+        self._decide_end(now_ns, time_unix_ns)
+
+    def _close(self, attempt: _Attempt, now_ns: int, time_unix_ns: int, *, at_once: bool = False) -> None:
+        watermark = attempt.watermark.value(now_ns)
+        ranks = RankStates(
+            progress=attempt.watermark.progress,
+            ended=attempt.watermark.ended,
+            silent=attempt.watermark.silent(now_ns),
+        )
+        is_over = at_once or all(writer.has_ended for writer in attempt.members)
+        for panel in attempt.panels:
+            emission = panel.close_ready(
+                watermark,
+                ranks,
+                now_ns,
+                at_once=at_once or (is_over and attempt.number != self.attempt),
+                max_open=self.options.max_open,
+            )
+            if emission is None:
+                continue
+            self._effects.emissions.append((attempt.number, emission))
+            for key_id, step in emission.disagreements:
+                message = f"{self.names[key_id]} is declared replicated, but ranks differ at step {step}"
+                self._effects.events.append(
+                    EventRow(attempt.number, None, step, "disagreement", "warning", message, "{}", time_unix_ns)
+                )
+
+    def _decide_end(self, now_ns: int, time_unix_ns: int) -> None:
+        if self.is_closed or not self.writers:
+            return
+        if self.verdict is None:
+            if not self.nodes_over or not all(self.nodes_over.values()) or not self.is_drained:
+                return
+            self.verdict = self._own_verdict()
+        elif not self.is_drained:
+            silent = [w for w in self.writers.values() if not w.has_ended]
+            if any(now_ns - max(w.last_seen_ns, self.verdict_ns) < SILENT_NODE_NS for w in silent):
+                return
+        for attempt in self.attempts.values():
+            self._close(attempt, now_ns, time_unix_ns, at_once=True)
+        self.is_closed = True
+        self._effects.status = self.verdict
+
+    def _own_verdict(self) -> tuple[str, str]:
+        """Say how the run ended when no launcher does: from what the ranks of the last attempt said."""
+        members = self.attempts[self.attempt].members
+        died = [w for w in members if w.state == "died"]
+        failed = [w for w in members if w.finish_status == "failed"]
+        if failed:
+            first = min(failed, key=lambda w: w.ended_unix_ns or 0)
+            return "failed", f"rank {first.info.rank}: {first.detail}"
+        if died:
+            first = min(died, key=lambda w: w.ended_unix_ns or 0)
+            return "failed", f"rank {first.info.rank}: {first.detail}"
+        others = {w.finish_status for w in members} - {"finished"}
+        return (others.pop(), "") if others else ("finished", "")
+
+    # -- stale points
+
+    def take_stale(self, now_ns: int, *, at_once: bool = False) -> list[Stale]:
+        """Return the points whose values changed after their windows were gone; the caller derives them again."""
+        result = []
+        for attempt in self.attempts.values():
+            for panel in attempt.panels:
+                if panel.stale_since_ns is None:
+                    continue
+                if at_once or now_ns - panel.stale_since_ns >= self.options.late_ns:
+                    result.append(Stale(attempt.number, panel.key_ids, frozenset(panel.stale_steps)))
+                    panel.stale_steps.clear()
+                    panel.stale_since_ns = None
+            redefined = tuple(key_id for key_id in self._redefined if key_id in attempt.home)
+            if redefined:
+                result.append(Stale(attempt.number, redefined, None))
+        self._redefined.clear()
+        return result
+
+    # -- restart
+
+    def _restore(self, restored: Restored, now_ns: int) -> None:
+        for row in restored.keys:
+            self.keys[row.name] = row
+            self.names[row.key_id] = row.name
+        self.definitions = list(restored.definitions)
+        self.params = {name: (value, -1) for name, value in restored.params.items()}
+        self._emitted_to = dict(restored.emitted_to)
+        for attempt_row in restored.attempts:
+            self.attempts[attempt_row.attempt] = _Attempt(
+                number=attempt_row.attempt,
+                watermark=Watermark(attempt_row.world_size, self.options.grace_ns, now_ns),
+                opened_unix_ns=attempt_row.opened_unix_ns,
+            )
+        for writer in restored.writers:
+            writer.last_seen_ns = writer.last_moved_ns = now_ns
+            self.writers[writer.info.incarnation] = self._by_id[writer.writer_id] = writer
+            attempt = self.attempts[writer.attempt]
+            attempt.members.append(writer)
+            if writer.is_reduced:
+                attempt.holders[writer.info.rank] = writer
+                if writer.step != NO_STEP:
+                    attempt.watermark.advance(writer.info.rank, writer.step, now_ns)
+                if writer.state in ("finished", "died"):
+                    attempt.watermark.end(writer.info.rank)
+
+    def replay(self, writer_id: int, first_seq: int, payload: bytes, now_ns: int) -> None:
+        """Rebuild open windows from an entry of the rank log: its scalars only, everything else is in the store.
+
+        Steps that the store has already are taken as stale, and derived again like any late value's.
+        """
+        writer = self._by_id[writer_id]
+        attempt = self.attempts[writer.attempt]
+        for item in split(payload, first_seq)[1]:
+            if isinstance(item, Rows) and writer.is_reduced:
+                self._reduce(writer, attempt, item, NOTHING_YET, now_ns)
+        self.num_entries += 1
+
+    def derive(self, stale: Stale, entries: Iterable[tuple[int, int, bytes]]) -> Emission | None:
+        """Reduce points again from the rank log.
+
+        Args:
+            stale: Which points.
+            entries: (writer_id, first_seq, payload) of the whole rank log, in any order between writers.
+
+        Returns:
+            Their emission; None if the log has no record of them any more.
+        """
+        attempt = self.attempts[stale.attempt]
+        rows_by_id = {row.key_id: row for row in self.keys.values()}
+        wanted = [rows_by_id[key_id] for key_id in stale.key_ids]
+        columns = {row.name: column for column, row in enumerate(wanted)}
+        panel = self._panel(attempt, wanted)
+        panel.expected = np.stack(
+            [attempt.home[row.key_id][0].expected[:, attempt.home[row.key_id][1]] for row in wanted], axis=1
+        )
+        steps = None if stale.steps is None else np.fromiter(stale.steps, np.int64)
+        for writer_id, first_seq, payload in entries:
+            writer = self._by_id[writer_id]
+            if writer.attempt != stale.attempt or not writer.is_reduced:
+                continue
+            for item in split(payload, first_seq)[1]:
+                if isinstance(item, Record):
+                    continue
+                keys = self._schema(writer, item)
+                sources = [index for index, name in enumerate(keys) if name in columns]
+                part = item if steps is None else item.where(np.isin(item.steps, steps))
+                if sources and len(part.steps):
+                    panel.add(
+                        writer.info.rank, part.columns(sources), [columns[keys[i]] for i in sources], NOTHING_YET, 0
+                    )
+        progress = attempt.watermark.progress
+        nobody = np.zeros(len(progress), np.bool_)
+        ranks = RankStates(progress=progress, ended=nobody, silent=nobody)
+        return panel.close_ready(NOTHING_YET, ranks, 0, at_once=True)
+
+    @property
+    def oldest_entry_needed(self) -> int:
+        """Number of the first rank log entry that an open window was made from: a restart replays from there."""
+        oldest = [panel.oldest_open for attempt in self.attempts.values() for panel in attempt.panels]
+        return min((entry for entry in oldest if entry is not None), default=self.num_entries)
+
+    # -- helpers
+
+    def _event(
+        self, writer: Writer, time_unix_ns: int, kind: str, level: str, message: str, *, step: int | None = None
+    ) -> None:
+        self._effects.events.append(
+            EventRow(writer.attempt, writer.info.rank, step, kind, level, message, "{}", time_unix_ns)
+        )
+
+    def __repr__(self) -> str:
+        ended = sum(writer.has_ended for writer in self.writers.values())
+        return (
+            f"<Pipeline attempt={self.attempt} writers={len(self.writers)} ended={ended} keys={len(self.keys)} "
+            f"values={self.num_values} verdict={self.verdict}>"
+        )

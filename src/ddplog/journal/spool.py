@@ -1,0 +1,271 @@
+"""Owns the spool: where a job's folder is, who may enter it, and the few files beside the journals.
+
+    <spool>/                      0700, owner checked
+      <job_key>-<run>/            one per run per node
+        job.json                  what the run is: JobInfo; written once, completed under job.lock
+        job.lock                  POSIX lock around job.json
+        secret                    0600, 64 hex digits: the job secret
+        spawn.lock                who starts the agent; holds the CLOCK_BOOTTIME at which that was last tried
+        agent.lock                POSIX lock held by the agent while it lives
+        aggregator.json           {"endpoint", "pid", "run_dir", "control"}; present while one runs here
+        c.sock                    the aggregator's gRPC socket (short: a unix socket's path has 108 bytes)
+        <rank>.<incarnation>/     a journal: head, alive, NNNNNN.seg
+        logs/                     agent.log, aggregator.log
+
+The job key names the launching process, so that two jobs on one node never meet and a restarted worker comes
+back to its run: `DDPLOG_JOB` where `ddplog run` set it, else a hash of user, boot id, pid namespace and the
+launcher's pid and start time. The launcher is the nearest ancestor that does not carry the rank variables.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ddplog.errors import ConfigError
+
+NETWORK_FILESYSTEMS: Final = {
+    0x6969: "nfs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb2",
+    0x517B: "smb",
+    0x0BD00BD0: "lustre",
+    0x47504653: "gpfs",
+    0x65735546: "fuse",
+    0x01021997: "9p",
+    0x00C36400: "ceph",
+    0x19830326: "beegfs",
+    0x20030528: "orangefs",
+}
+"""statfs(2) magic numbers where mmap is not coherent between clients or a fault is a SIGBUS."""
+
+JOB_VARIABLE: Final = "DDPLOG_JOB"
+RANK_VARIABLES: Final = (
+    "RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "HOROVOD_RANK",
+    "SLURM_PROCID",
+    "MV2_COMM_WORLD_RANK",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobInfo:
+    """What the helpers of one run on one node need to know."""
+
+    run_id: str
+    project: str
+    name: str | None
+    dir: str
+    """Absolute folder of runs."""
+    sinks: tuple[str, ...]
+    tags: tuple[str, ...]
+    config: Mapping[str, Any]
+    created_unix_ns: int
+    launcher_pid: int
+    """The process whose end means that no further rank will come; 0: none known."""
+    launcher: str
+    """`ddplog run`, `torchrun`, ... or `python`: who started the ranks."""
+    node_rank: int
+    """This node's number in the job."""
+    settings: Mapping[str, Any]
+    """The remaining settings the helpers use (grace_s, late_s, ...)."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.dir) / self.run_id
+
+
+def default_spool() -> Path:
+    """Return the first of /var/tmp and /tmp that can be written."""
+    for folder in ("/var/tmp", "/tmp"):
+        if os.access(folder, os.W_OK | os.X_OK):
+            return Path(folder) / f"ddplog-{os.getuid()}"
+    return Path(f"/tmp/ddplog-{os.getuid()}")
+
+
+def open_spool(setting: str | None) -> Path:
+    """Make the spool folder if it is not there, and check that it is ours alone and node-local.
+
+    Raises:
+        ConfigError: If it is a link, another user's, open to others, on a network filesystem, or cannot be made.
+    """
+    path = Path(setting) if setting else default_spool()
+    make_private(path, "spool")
+    kind = filesystem_magic(path)
+    if kind in NETWORK_FILESYSTEMS:
+        raise ConfigError(
+            "spool", str(path), f"is on {NETWORK_FILESYSTEMS[kind]}; a journal needs a node-local filesystem"
+        )
+    return path
+
+
+def make_private(path: Path, setting: str) -> None:
+    """Make a folder with mode 0700, or check one that exists.
+
+    Raises:
+        ConfigError: Naming `setting`, if it is a link, not a folder, another user's, or open to others.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.lstat()
+    except OSError as exc:
+        raise ConfigError(setting, str(path), f"cannot make this folder: {exc.strerror}") from exc
+    if stat.S_ISLNK(info.st_mode) or not stat.S_ISDIR(info.st_mode):
+        raise ConfigError(setting, str(path), "must be a folder, not a link")
+    if info.st_uid != os.geteuid():
+        raise ConfigError(setting, str(path), f"belongs to user {info.st_uid}; it must be yours")
+    if info.st_mode & 0o077:
+        raise ConfigError(setting, str(path), f"has mode {info.st_mode & 0o777:o}; it must be 700")
+
+
+def filesystem_magic(path: Path) -> int:
+    """Return f_type of statfs(2); Python's os.statvfs does not have it.
+
+    Source: stat(1) reads the same field; on Linux /proc/self/mountinfo names it, which we map back.
+    """
+    names = {name: magic for magic, name in NETWORK_FILESYSTEMS.items()}
+    names.update({"nfs4": 0x6969, "fuseblk": 0x65735546, "cifs": 0xFF534D42, "smb3": 0xFE534D42})
+    best, found = "", 0
+    resolved = str(path.resolve())
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        mount = left.split()[4].replace("\\040", " ")
+        inside = resolved == mount or resolved.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, found = mount, names.get(right.split()[0].split(".")[0], 0)
+    return found
+
+
+def job_key(environ: Mapping[str, str], *, has_launcher: bool) -> tuple[str, int]:
+    """Return the job key and the launcher's pid (0 if there is none).
+
+    Args:
+        environ: The environment of the calling process.
+        has_launcher: Whether the environment says that something started this process as a rank.
+    """
+    given = environ.get(JOB_VARIABLE)
+    if given:
+        return given, os.getppid()
+    seen = int(os.readlink("/proc/self"))  # our pid as /proc's mount shows it, which may be an outer namespace's
+    anchor = _launcher(seen) if has_launcher else seen
+    start = _stat_fields(anchor)[19]
+    namespace = os.readlink("/proc/self/ns/pid")
+    identity = f"{os.getuid()}:{boot_id()}:{namespace}:{anchor}:{start}"
+    pid = os.getppid() if has_launcher else 0
+    return hashlib.sha256(identity.encode()).hexdigest()[:16], pid
+
+
+def _launcher(pid: int) -> int:
+    while True:
+        parent = int(_stat_fields(pid)[1])
+        if parent <= 1 or not _carries_rank(parent):
+            return parent if parent > 0 else pid
+        pid = parent
+
+
+def _carries_rank(pid: int) -> bool:
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    names = {entry.partition(b"=")[0].decode(errors="replace") for entry in entries}
+    return any(name in names for name in RANK_VARIABLES)
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Return /proc/<pid>/stat from field 3 (state) on: [1] is the parent's pid, [19] the start time in ticks."""
+    text = Path(f"/proc/{pid}/stat").read_text()
+    return text[text.rindex(")") + 2 :].split()
+
+
+def boot_id() -> str:
+    """Return the kernel's boot id."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def new_run_id(time_unix_ns: int) -> str:
+    """Return a run id that sorts by time: 20260731-142233-7f3a."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(time_unix_ns / 1e9))
+    return f"{stamp}-{secrets.token_hex(2)}"
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace a file so that a reader, or a crash, sees the old or the new content. Durable on return."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make a folder's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Hold a POSIX record lock on `path`, waiting for it. The file must have no other user in this process."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_job(folder: Path) -> JobInfo:
+    """Read job.json.
+
+    Raises:
+        FileNotFoundError: If the job has not been declared.
+    """
+    raw = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    raw["sinks"] = tuple(raw["sinks"])
+    raw["tags"] = tuple(raw["tags"])
+    return JobInfo(**raw)
+
+
+def declare_job(folder: Path, info: JobInfo) -> JobInfo:
+    """Make the job's folder and job.json; the first rank's word stands, except what it left open.
+
+    Returns:
+        What the job is: `info`, or what an earlier rank declared.
+    """
+    make_private(folder, "spool")
+    with locked(folder / "job.lock"):
+        try:
+            return read_job(folder)
+        except FileNotFoundError:
+            (folder / "logs").mkdir(mode=0o700, exist_ok=True)
+            secret = os.environ.get("DDPLOG_SECRET") or secrets.token_hex(32)
+            write_atomic(folder / "secret", secret.encode())
+            write_atomic(folder / "job.json", json.dumps(asdict(info), default=str).encode())
+            return info

@@ -1,0 +1,389 @@
+"""Owns the journal of one rank while it is written: the hot path of `log()`.
+
+Guarantees: when an append returns, the record survives SIGKILL of the process; the agent makes it durable on disk
+within 500 ms, flush() at once. Nothing here blocks on a network, another process or a lock held across I/O, except
+that a new segment is allocated (about 1 ms per 4 MiB) when one is full.
+Re-entrant: a call made by a signal handler while the same thread is inside is put aside and written by the outer call.
+Threads take turns.
+Does not guarantee: anything in a forked child, where every call is refused (the parent owns the files).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import mmap
+import os
+import random
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+from zlib import crc32
+
+from ddplog.core.records import (
+    KIND_MESSAGE,
+    KIND_SCALARS,
+    KIND_SCHEMA,
+    MAX_RECORD_BYTES,
+    NO_STEP,
+    PREFIX_BYTES,
+    WORD,
+    encode_message,
+)
+from ddplog.journal import segment as layout
+
+_MAX_DEFERRED: Final = 10_000
+_CHECK_NS: Final = 1_000_000_000
+_RETRY_NS: Final = 1_000_000_000
+_SMALLEST_SEGMENT: Final = 64 * 1024
+
+
+class Schema:
+    """The keys of a record and how their values are packed behind the frame's prefix."""
+
+    __slots__ = ("aux", "head", "pack_into", "size")
+
+    def __init__(self, schema_id: int, num_keys: int) -> None:
+        self.head = KIND_SCALARS | schema_id << 8
+        self.aux = num_keys
+        self.size = PREFIX_BYTES + 8 * num_keys
+        self.pack_into = struct.Struct(f"<QIIqQd{num_keys}d").pack_into
+
+
+class JournalFullError(OSError):
+    """No room for a record: the disk or the spool is full."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class JournalWriter:
+    """A rank's journal.
+
+    Args:
+        folder: `<rank>.<incarnation>/` in the job's folder; made here.
+        incarnation: 16 random bytes.
+        identity: JSON for the head page.
+        segment_bytes: Size of a segment.
+        spool_bytes: Size of all segments together beyond which nothing more is taken.
+        check: Called about once a second from a logging call: is the agent alive?
+
+    Raises:
+        OSError: If the files cannot be made.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        incarnation: bytes,
+        identity: Mapping[str, Any],
+        *,
+        segment_bytes: int,
+        spool_bytes: int,
+        check: Callable[[], None],
+    ) -> None:
+        self.folder = folder
+        self.incarnation = incarnation
+        self._segment_bytes = segment_bytes
+        self._spool_bytes = spool_bytes
+        self._check = check
+        self._lock = threading.RLock()
+        self._is_busy = False
+        self.deferred: deque[tuple[Mapping[str, Any], int | None, float]] = deque()
+        self._schemas: dict[tuple[str, ...], Schema] = {}
+        self._number = 0
+        self._seq = 0
+        self._offset = 0
+        self._limit = 0
+        self._epoch = 0
+        self._segment: mmap.mmap | None = None
+        self._view = memoryview(b"")
+        self._ambient = NO_STEP
+        self._next_check_ns = 0
+        self._retry_at_ns = 0
+        self._is_open = True
+        folder.mkdir(mode=0o700)
+        self._alive = os.open(folder / "alive", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.lockf(self._alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._head = self._make_head(identity)
+        self._roll()
+
+    # -- the hot path
+
+    def log_floats(self, data: Mapping[str, Any], step: int | None, weight: float) -> bool:
+        """Append the values, if they are all plain floats under keys seen before.
+
+        Returns:
+            False if they are not, or if there is something else to do first: the caller takes the slow path.
+        """
+        with self._lock:
+            if self._is_busy:
+                return False
+            self._is_busy = True
+            try:
+                schema = self._schemas[tuple(data)]
+                values = data.values()
+                for value in values:
+                    if type(value) is not float:
+                        return False
+                offset = self._offset
+                end = offset + schema.size
+                now = time_ns()
+                if end > self._limit or now > self._next_check_ns:
+                    return False
+                if step is None:
+                    step = self._ambient
+                    if step == NO_STEP:
+                        return False
+                view = self._view
+                schema.pack_into(view, offset + 8, self._seq, schema.head, schema.aux, step, now, weight, *values)
+                WORD_pack_into(view, offset, crc32(view[offset + 8 : end], self._epoch) << 32 | schema.size)
+                self._seq += 1
+                self._offset = end
+            except (KeyError, TypeError, AttributeError, struct.error):
+                return False
+            except BaseException:  # a signal handler raised: did the record get in?
+                self._settle()
+                raise
+            finally:
+                self._is_busy = False
+        return True
+
+    def _settle(self) -> None:
+        """Bring seq and offset in line with the segment after an interrupted append."""
+        (word,) = WORD.unpack_from(self._view, self._offset)
+        if word:
+            (seq,) = layout.U64.unpack_from(self._view, self._offset + 8)
+            self._seq = seq + 1
+            self._offset += word & 0xFFFFFFFF
+
+    # -- everything else
+
+    def enter(self) -> bool:
+        """Take the journal for a slow call; False if this thread is inside already (a signal handler's call)."""
+        self._lock.acquire()
+        if self._is_busy:
+            self._lock.release()
+            return False
+        self._is_busy = True
+        return True
+
+    def leave(self) -> None:
+        """Give the journal back."""
+        self._is_busy = False
+        self._lock.release()
+
+    def defer(self, data: Mapping[str, Any], step: int | None, weight: float) -> None:
+        """Put a re-entrant call aside."""
+        if len(self.deferred) >= _MAX_DEFERRED:
+            self.drop("reentrant_overflow", len(data))
+        else:
+            self.deferred.append((dict(data), step, weight))
+
+    def append_scalars(self, keys: tuple[str, ...], values: list[float], step: int, weight: float) -> None:
+        """Append a record of any keys; call between enter() and leave().
+
+        Raises:
+            JournalFullError: There is no room; nothing was written.
+        """
+        self._tick()
+        schema = self._schemas.get(keys)
+        if schema is None:
+            schema = self._declare(keys)
+        self._make_room(schema.size)
+        now, view, offset = time_ns(), self._view, self._offset
+        end = offset + schema.size
+        schema.pack_into(view, offset + 8, self._seq, schema.head, schema.aux, step, now, weight, *values)
+        WORD.pack_into(view, offset, crc32(view[offset + 8 : end], self._epoch) << 32 | schema.size)
+        self._seq += 1
+        self._offset = end
+
+    def append_message(self, message: Mapping[str, Any], step: int = NO_STEP, kind: int = KIND_MESSAGE) -> None:
+        """Append anything that is not a scalar; call between enter() and leave().
+
+        Raises:
+            JournalFullError: There is no room; nothing was written.
+            ValueError: The record is larger than MAX_RECORD_BYTES.
+        """
+        self._tick()
+        frame = encode_message(kind, self._seq, step, time_ns(), message, self._epoch)
+        if len(frame) > MAX_RECORD_BYTES:
+            raise ValueError(f"{len(frame)} bytes; a record holds at most {MAX_RECORD_BYTES}")
+        if self._offset + len(frame) > self._limit:
+            self._make_room(len(frame))
+            frame = encode_message(kind, self._seq, step, time_ns(), message, self._epoch)  # another epoch
+        offset = self._offset
+        self._view[offset + 8 : offset + len(frame)] = frame[8:]
+        self._view[offset : offset + 8] = frame[:8]
+        self._seq += 1
+        self._offset += len(frame)
+
+    def _declare(self, keys: tuple[str, ...]) -> Schema:
+        schema = Schema(len(self._schemas) + 1, len(keys))
+        self.append_message({"id": len(self._schemas) + 1, "keys": keys}, kind=KIND_SCHEMA)
+        self._schemas[keys] = schema
+        return schema
+
+    def look_after_agent(self) -> None:
+        """Check on the agent if that is due; called by whatever waits for it."""
+        self._tick()
+
+    def _tick(self) -> None:
+        now = time_ns()
+        if now > self._next_check_ns or now < self._next_check_ns - 2 * _CHECK_NS:
+            self._next_check_ns = now + _CHECK_NS
+            layout.U64.pack_into(self._head, layout.BEAT_OFFSET, now)
+            self._check()
+
+    # -- segments
+
+    def _make_room(self, size: int) -> None:
+        if self._offset + size <= self._limit:
+            return
+        now = time.monotonic_ns()
+        if now < self._retry_at_ns:
+            raise JournalFullError(self._full_reason)
+        try:
+            self._roll(size)
+        except JournalFullError as exc:
+            self._retry_at_ns = now + _RETRY_NS
+            self._full_reason = exc.reason
+            raise
+
+    def _roll(self, at_least: int = 0) -> None:
+        size = max(self._segment_bytes, at_least + layout.SEGMENT_HEADER_BYTES)
+        numbers = layout.segment_numbers(str(self.folder))
+        if self._number and len(numbers) * self._segment_bytes + size > self._spool_bytes:
+            raise JournalFullError("spool_full")
+        path = self.folder / layout.segment_name(self._number + 1)
+        while True:
+            try:
+                descriptor = _allocate(path.with_suffix(".new"), size)
+                break
+            except OSError as exc:
+                path.with_suffix(".new").unlink(missing_ok=True)
+                if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise JournalFullError("io_error") from exc
+                size //= 4
+                if size < max(_SMALLEST_SEGMENT, at_least + layout.SEGMENT_HEADER_BYTES):
+                    raise JournalFullError("disk_full") from exc
+        try:
+            mapping = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+        epoch = random.SystemRandom().getrandbits(32)
+        layout.SEGMENT_HEADER.pack_into(
+            mapping, 0, layout.SEGMENT_MAGIC, layout.FORMAT_VERSION, epoch, self.incarnation, self._seq
+        )
+        path.with_suffix(".new").rename(path)
+        self._segment, self._view, self._epoch = mapping, memoryview(mapping), epoch
+        self._number += 1
+        self._offset, self._limit = layout.SEGMENT_HEADER_BYTES, size
+
+    # -- the head page
+
+    def _make_head(self, identity: Mapping[str, Any]) -> mmap.mmap:
+        text = json.dumps(identity, default=str).encode()
+        descriptor = _allocate(self.folder / "head.new", layout.HEAD_BYTES)
+        try:
+            head = mmap.mmap(descriptor, layout.HEAD_BYTES)
+        finally:
+            os.close(descriptor)
+        layout.HEAD_PREFIX.pack_into(head, 0, layout.HEAD_MAGIC, layout.FORMAT_VERSION, len(text), self.incarnation)
+        layout.I64.pack_into(head, layout.STEP_OFFSET, NO_STEP)
+        head[layout.JSON_OFFSET : layout.JSON_OFFSET + len(text)] = text
+        (self.folder / "head.new").rename(self.folder / "head")
+        return head
+
+    def set_step(self, step: int) -> None:
+        """Set the ambient step, and show it as progress.
+
+        Raises:
+            struct.error: If it is not an int64.
+        """
+        layout.I64.pack_into(self._head, layout.STEP_OFFSET, step)
+        self._ambient = step
+
+    @property
+    def ambient_step(self) -> int:
+        return self._ambient
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count values that were not taken."""
+        offset = layout.DROPS_OFFSET + 8 * layout.DROP_REASONS.index(reason)
+        (known,) = layout.U64.unpack_from(self._head, offset)
+        layout.U64.pack_into(self._head, offset, known + count)
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """Reason -> count, of those that are not 0."""
+        counts = struct.unpack_from(f"<{len(layout.DROP_REASONS)}Q", self._head, layout.DROPS_OFFSET)
+        return {reason: count for reason, count in zip(layout.DROP_REASONS, counts, strict=True) if count}
+
+    @property
+    def acked_seq(self) -> int:
+        """Seqs below it are durable at the aggregator."""
+        return int(layout.U64.unpack_from(self._head, layout.ACKED_OFFSET)[0])
+
+    @property
+    def next_seq(self) -> int:
+        return self._seq
+
+    @property
+    def num_keys(self) -> int:
+        """Distinct keys declared so far."""
+        return len({key for keys in self._schemas for key in keys})
+
+    def flush(self) -> None:
+        """Make every record durable on this node. Blocks for one msync."""
+        if self._segment is not None and self._is_open:
+            self._segment.flush()
+
+    def close(self, *, finished: bool) -> None:
+        """Take nothing more, and let the agent know that the writer is gone."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._schemas = {}
+        self._limit = 0
+        if finished:
+            layout.U64.pack_into(self._head, layout.FINISHED_OFFSET, 1)
+        os.close(self._alive)
+
+    def abandon(self) -> None:
+        """In a forked child: refuse everything, touch nothing of the parent's."""
+        self._is_open = False
+        self._schemas = {}
+        self._limit = 0
+        self._lock = threading.RLock()
+        self._is_busy = False
+
+    @property
+    def is_open(self) -> bool:
+        return self._is_open
+
+    def __repr__(self) -> str:
+        return f"<JournalWriter {self.folder.name} seq={self._seq} segment={self._number} offset={self._offset}>"
+
+    _full_reason = "disk_full"
+
+
+time_ns = time.time_ns
+WORD_pack_into = WORD.pack_into
+
+
+def _allocate(path: Path, size: int) -> int:
+    """Make a file of `size` bytes with every block allocated; return its descriptor."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

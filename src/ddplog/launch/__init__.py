@@ -1,0 +1,1 @@
+"""Starts a training job, learns how it ended, and tells the run."""

@@ -1,0 +1,384 @@
+"""Owns the writing side of `run.db` and the rank log: makes the pipeline's effects durable, and restores them.
+
+Guarantees: commit() returns only when everything in the effects is durable, the rank log first, then one SQLite
+transaction (WAL, synchronous=FULL); what it raises leaves both as they were. One process writes a store: it holds
+`writer.lock` (a POSIX lock) while it lives.
+Does not guarantee: anything about sinks; they have cursors of their own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from ddplog.core.panel import Emission
+from ddplog.core.pipeline import AttemptRow, Effects, KeyRow, Restored, Writer, WriterInfo
+from ddplog.core.records import NO_STEP
+from ddplog.errors import ConfigError, DdplogError
+from ddplog.store import schema
+from ddplog.store.rank_log import Position, RankLog, iter_entries
+
+_INSERT_POINT = (
+    f"INSERT INTO points ({', '.join(schema.POINT_FIELDS)}) VALUES ({', '.join('?' * len(schema.POINT_FIELDS))})"
+)
+_COLUMNS = ", ".join(schema.POINT_FIELDS)
+
+
+class StoreError(DdplogError):
+    """The store could not be written (a full disk, usually); it is as it was before."""
+
+
+class RunStore:
+    """A run's store, opened by the one process that writes it.
+
+    Args:
+        run_dir: The run's folder; made if it is not there.
+        run: What META_RUN says; kept from the first start.
+
+    Raises:
+        ConfigError: If another process writes this run, or the store has a format that is not ours.
+    """
+
+    def __init__(self, run_dir: Path, run: Mapping[str, Any]) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir = run_dir
+        self._lock = os.open(run_dir / "writer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise ConfigError("run_id", run_dir.name, "another aggregator is writing this run") from exc
+        self._db = sqlite3.connect(run_dir / "run.db", isolation_level=None)
+        os.chmod(run_dir / "run.db", 0o600)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA wal_autocheckpoint=4000")
+        self._db.executescript(schema.SCHEMA)
+        version = self._meta(schema.META_FORMAT)
+        if version is None:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._put_meta(schema.META_FORMAT, schema.FORMAT_VERSION)
+            self._put_meta(schema.META_RUN, dict(run))
+            self._put_meta(schema.META_STORE_UUID, uuid4().hex)
+            self._put_meta(schema.META_NEXT_ID, 1)
+            self._put_meta(schema.META_STATUS, {"status": "running", "detail": "", "ended_unix_ns": None})
+            self._db.execute("COMMIT")
+        elif version != schema.FORMAT_VERSION:
+            raise ConfigError("run_id", run_dir.name, f"its store has format {version}, this ddplog writes format 1")
+        self.uuid = bytes.fromhex(self._meta(schema.META_STORE_UUID))
+        self._next_id = int(self._meta(schema.META_NEXT_ID))
+        self._emitted_to: dict[tuple[int, int], int] = {}
+        for attempt, key_id, step in self._db.execute(
+            "SELECT attempt, key_id, MAX(step) FROM points GROUP BY key_id, attempt"
+        ).fetchall():
+            self._emitted_to[attempt, key_id] = step
+        places = self._meta(schema.META_RANK_LOG) or {"end": [1, 0], "replay_from": [1, 0]}
+        self.replay_from = Position(*places["replay_from"])
+        self.rank_log = RankLog(run_dir / "ranks", Position(*places["end"]))
+        self.num_points = self._next_id - 1
+
+    # -- restart
+
+    def restore(self) -> Restored | None:
+        """Return what an earlier life left; None for a new store."""
+        attempts = [
+            AttemptRow(*row)
+            for row in self._db.execute(
+                "SELECT attempt, world_size, opened_unix_ns, reason FROM attempts ORDER BY attempt"
+            ).fetchall()
+        ]
+        if not attempts:
+            return None
+        schemas: dict[int, dict[int, tuple[str, ...]]] = {}
+        for writer_id, schema_id, keys in self._db.execute("SELECT writer_id, schema_id, keys FROM schemas").fetchall():
+            schemas.setdefault(writer_id, {})[schema_id] = tuple(json.loads(keys))
+        drops: dict[int, dict[str, int]] = {}
+        for writer_id, reason, count in self._db.execute("SELECT writer_id, reason, count FROM drops").fetchall():
+            drops.setdefault(writer_id, {})[reason] = count
+        writers = [
+            self._writer(row, schemas, drops)
+            for row in self._db.execute(
+                "SELECT writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, boot_id, "
+                "started_unix_ns, next_seq, step, state, exit_code, signal, detail, ended_unix_ns FROM writers "
+                "ORDER BY writer_id"
+            ).fetchall()
+        ]
+        return Restored(
+            writers=writers,
+            attempts=attempts,
+            keys=[
+                KeyRow(key_id, name, reduce, bool(replicated))
+                for key_id, name, reduce, replicated in self._db.execute(
+                    "SELECT key_id, name, reduce, replicated FROM keys ORDER BY key_id"
+                ).fetchall()
+            ],
+            params=dict(self._db.execute("SELECT name, value FROM params ORDER BY id DESC").fetchall()),
+            emitted_to=dict(self._emitted_to),
+            definitions=[
+                tuple(json.loads(data))
+                for (data,) in self._db.execute("SELECT data FROM events WHERE kind = 'define' ORDER BY id").fetchall()
+            ],
+        )
+
+    @staticmethod
+    def _writer(
+        row: tuple[Any, ...], schemas: Mapping[int, dict[int, tuple[str, ...]]], drops: Mapping[int, dict[str, int]]
+    ) -> Writer:
+        (writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, boot, started,
+         next_seq, step, state, exit_code, signal, detail, ended) = row  # fmt: skip
+        has_ended = state in ("finished", "died")
+        return Writer(
+            writer_id=writer_id,
+            info=WriterInfo(
+                incarnation=incarnation,
+                rank=rank,
+                world_size=world_size,
+                local_rank=local_rank,
+                node_rank=node_rank,
+                node_id=str(node_rank),
+                host=host,
+                pid=pid,
+                boot_id=boot,
+                started_unix_ns=started,
+                is_alive=not has_ended,
+            ),
+            attempt=attempt,
+            is_reduced=state != "duplicate",
+            next_seq=next_seq,
+            last_seq=next_seq if has_ended else None,
+            state=state,
+            said_finish=state == "finished",
+            finish_status="finished" if state == "finished" else "",
+            detail=detail,
+            exit_code=exit_code,
+            signal=signal,
+            ended_unix_ns=ended,
+            step=NO_STEP if step is None else step,
+            schemas=schemas.get(writer_id, {}),
+            drops=drops.get(writer_id, {}),
+        )
+
+    def entries(self, start: Position | None = None) -> Iterator[tuple[Position, int, int, bytes]]:
+        """Yield (position, writer_id, first_seq, payload) of the rank log."""
+        for entry in iter_entries(self.run_dir / "ranks", start, self.rank_log.end):
+            yield entry.position, entry.writer_id, entry.first_seq, entry.payload
+
+    # -- commit
+
+    def commit(self, effects: Effects, locate: Callable[[list[Position]], Position | None], time_unix_ns: int) -> None:
+        """Make the effects durable.
+
+        Args:
+            effects: From the pipeline.
+            locate: Given the positions of the effects' log entries, in order, returns where a restart has to begin;
+                None: at the end of the log.
+            time_unix_ns: Now.
+
+        Raises:
+            StoreError: Nothing of the effects has been stored.
+        """
+        before = self.rank_log.end
+        next_id = self._next_id
+        try:
+            positions = [self.rank_log.append(**entry._asdict()) for entry in effects.log]
+            if positions:
+                self.rank_log.sync()
+            self._db.execute("BEGIN IMMEDIATE")
+            self._write(effects, time_unix_ns)
+            replay_from = locate(positions) or self.rank_log.end
+            place = {"end": list(self.rank_log.end), "replay_from": list(replay_from)}
+            self._put_meta(schema.META_RANK_LOG, place)
+            self._put_meta(schema.META_NEXT_ID, self._next_id)
+            self._db.execute("COMMIT")
+        except (OSError, sqlite3.Error) as exc:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self.rank_log.rewind(before)
+            self._next_id = next_id
+            raise StoreError(f"{self.run_dir}: {exc}") from exc
+
+    def _write(self, effects: Effects, time_unix_ns: int) -> None:
+        db = self._db
+        for attempt_row in effects.attempts:
+            db.execute("INSERT OR IGNORE INTO attempts VALUES (?, ?, ?, ?)", attempt_row)
+        for key in effects.keys:
+            db.execute(
+                "INSERT INTO keys VALUES (?, ?, ?, ?) ON CONFLICT (key_id) DO UPDATE SET "
+                "reduce = excluded.reduce, replicated = excluded.replicated",
+                (key.key_id, key.name, key.reduce, int(key.replicated)),
+            )
+        for writer in effects.writers.values():
+            self._write_writer(writer)
+        for writer_id, schema_id, keys in effects.schemas:
+            db.execute("INSERT OR IGNORE INTO schemas VALUES (?, ?, ?)", (writer_id, schema_id, json.dumps(keys)))
+        for attempt, emission in effects.emissions:
+            self._write_points(attempt, emission)
+        for table, rows in (("params", effects.params), ("texts", effects.texts), ("events", effects.events)):
+            for row in rows:
+                names = ", ".join(("id", *row._fields))
+                marks = ", ".join("?" * (len(row) + 1))
+                db.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", (self._take_ids(1), *row))
+        if effects.status is not None:
+            status, detail = effects.status
+            ended = None if status == "running" else time_unix_ns
+            self._put_meta(schema.META_STATUS, {"status": status, "detail": detail, "ended_unix_ns": ended})
+
+    def _write_writer(self, writer: Writer) -> None:
+        info = writer.info
+        self._db.execute(
+            "INSERT INTO writers (writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, "
+            "boot_id, started_unix_ns, next_seq, step, state, exit_code, signal, detail, ended_unix_ns) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (writer_id) DO UPDATE SET "
+            "next_seq = excluded.next_seq, step = excluded.step, state = excluded.state, "
+            "exit_code = excluded.exit_code, signal = excluded.signal, detail = excluded.detail, "
+            "ended_unix_ns = excluded.ended_unix_ns",
+            (
+                writer.writer_id,
+                info.incarnation,
+                writer.attempt,
+                info.rank,
+                info.world_size,
+                info.local_rank,
+                info.node_rank,
+                info.host,
+                info.pid,
+                info.boot_id,
+                info.started_unix_ns,
+                writer.next_seq,
+                None if writer.step == NO_STEP else writer.step,
+                writer.state,
+                writer.exit_code,
+                writer.signal,
+                writer.detail,
+                writer.ended_unix_ns,
+            ),
+        )
+        for reason, count in writer.drops.items():
+            self._db.execute("INSERT OR REPLACE INTO drops VALUES (?, ?, ?)", (writer.writer_id, reason, count))
+
+    def _write_points(self, attempt: int, emission: Emission) -> None:
+        exists = emission.block.n > 0
+        keys = np.asarray(emission.key_ids)
+        steps_at, keys_at = np.nonzero(exists)
+        if len(steps_at):
+            rows = self._rows(attempt, emission, exists, emission.steps[steps_at], keys[keys_at], steps_at)
+            lowest = {key: int(emission.steps[0]) for key in emission.key_ids}
+            is_new = all(self._emitted_to.get((attempt, key), NO_STEP) < lowest[key] for key in emission.key_ids)
+            if is_new:
+                self._db.executemany(_INSERT_POINT, rows)
+                self.num_points += len(rows)
+            else:
+                for row in rows:
+                    self._revise(row)
+            for column, key in enumerate(emission.key_ids):
+                logged = emission.steps[exists[:, column]]
+                if len(logged):
+                    last = int(logged[-1])
+                    self._emitted_to[attempt, key] = max(last, self._emitted_to.get((attempt, key), NO_STEP))
+        for key_id, step, rank, value, at in emission.rank_values:
+            self._db.execute(
+                "INSERT INTO rank_points (id, key_id, attempt, step, rank, value, time_unix_ns) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key_id, step, rank, attempt) DO UPDATE SET "
+                "id = excluded.id, value = excluded.value, time_unix_ns = excluded.time_unix_ns "
+                "WHERE value IS NOT excluded.value",
+                (self._take_ids(1), key_id, attempt, step, rank, value, at),
+            )
+
+    def _rows(
+        self, attempt: int, emission: Emission, exists: Any, steps: Any, keys: Any, steps_at: Any
+    ) -> list[tuple[Any, ...]]:
+        block = emission.block
+        count = len(steps)
+        first = self._take_ids(count)
+        return list(
+            zip(
+                range(first, first + count),
+                keys.tolist(),
+                [attempt] * count,
+                steps.tolist(),
+                emission.value[exists].tolist(),
+                block.n[exists].tolist(),
+                emission.expected[exists].tolist(),
+                block.min[exists].tolist(),
+                _ranks(block.min_rank[exists]),
+                block.max[exists].tolist(),
+                _ranks(block.max_rank[exists]),
+                block.mean[exists].tolist(),
+                block.std[exists].tolist(),
+                emission.nan_count[exists].tolist(),
+                emission.inf_count[exists].tolist(),
+                _ranks(emission.bad_rank[exists]),
+                [0] * count,
+                emission.time_unix_ns[steps_at].tolist(),
+                strict=True,
+            )
+        )
+
+    def _revise(self, row: tuple[Any, ...]) -> None:
+        """Insert a point, or supersede the one that is there if it says something else."""
+        point_id, key_id, attempt, step, *values, _, at = row
+        known = self._db.execute(
+            f"SELECT {_COLUMNS} FROM points WHERE key_id = ? AND step = ? AND attempt = ?", (key_id, step, attempt)
+        ).fetchone()
+        if known is None:
+            self._db.execute(_INSERT_POINT, row)
+            self.num_points += 1
+            return
+        values = [None if isinstance(value, float) and value != value else value for value in values]
+        old = list(known[4:-2])
+        if values[:1] + values[1:2] + values[3:] == old[:1] + old[1:2] + old[3:]:  # all but `expected`
+            return
+        values[2] = max(values[2], old[2])
+        self._db.execute("DELETE FROM points WHERE id = ?", (known[0],))
+        self._db.execute(f"INSERT INTO superseded ({_COLUMNS}) VALUES ({', '.join('?' * len(known))})", known)
+        self._db.execute(_INSERT_POINT, (point_id, key_id, attempt, step, *values, known[-2] + 1, at))
+
+    def _take_ids(self, count: int) -> int:
+        first = self._next_id
+        self._next_id += count
+        return first
+
+    # -- meta
+
+    def _meta(self, key: str) -> Any:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def _put_meta(self, key: str, value: Any) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+    def put_watermarks(self, watermarks: Mapping[int, int]) -> None:
+        """Store each attempt's watermark, for readers."""
+        self._put_meta(schema.META_WATERMARK, {str(attempt): step for attempt, step in watermarks.items()})
+
+    @property
+    def status(self) -> Mapping[str, Any]:
+        """{"status", "detail", "ended_unix_ns"}."""
+        value: Mapping[str, Any] = self._meta(schema.META_STATUS)
+        return value
+
+    @property
+    def last_id(self) -> int:
+        """The newest emission id."""
+        return self._next_id - 1
+
+    def close(self) -> None:
+        """Close the log and the database (which truncates its WAL)."""
+        self.rank_log.close()
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._db.close()
+        os.close(self._lock)
+
+    def __repr__(self) -> str:
+        return f"<RunStore {self.run_dir} next_id={self._next_id} {self.rank_log!r}>"
+
+
+def _ranks(column: Any) -> list[int | None]:
+    return [None if rank < 0 else rank for rank in column.tolist()]

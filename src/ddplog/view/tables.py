@@ -1,0 +1,332 @@
+"""Decides how a run looks on a terminal, as rich renderables. Prints nothing itself.
+
+Everything a user or a rank named is escaped: a metric called ESC[2J must not clear the reader's screen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ddplog.store.reader import RankColumns, SinkState
+from ddplog.view.text import count, how_ended, interest, moment, number, seconds, status_words, words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import RenderableType
+
+    from ddplog.store.reader import Drop, Event, Metric, MetricColumns, Run, RunSummary, WriterInfo
+
+MAX_RANKS: Final = 64
+MAX_METRICS: Final = 100
+MAX_EVENTS: Final = 20
+MAX_SUMMARY_METRICS: Final = 12
+_BAD_STATES: Final = ("died", "failed")
+
+
+def runs(found: Sequence[RunSummary], now: datetime | None = None) -> RenderableType:
+    """Return the table of `ddplog ls`.
+
+    Args:
+        found: The runs, in the order to show.
+        now: The time a running run's age is counted to; the clock's if None.
+    """
+    now = now or datetime.now(timezone.utc)
+    table = _table("run", "project", "name", "status", "started", ">took", ">ranks", ">points")
+    for run in found:
+        end = run.ended or (now if run.status == "running" else None)
+        took = seconds((end - run.started).total_seconds()) if run.started and end else ""
+        is_readable = run.status != "unreadable"
+        table.add_row(
+            words(run.run_id, "bold"),
+            words(run.project),
+            words(run.name if run.name != run.run_id else ""),
+            status_words(run.status, run.detail),
+            moment(run.started) if run.started else "",
+            took,
+            str(run.world_size) if is_readable else "",
+            count(run.num_points) if is_readable else "",
+        )
+    return table
+
+
+def show(run: Run) -> RenderableType:
+    """Return everything `ddplog show` prints of a run."""
+    metrics, writers, drops = run.metrics(), run.writers(), run.drops()
+    parts: list[RenderableType] = [_heading(run), *_titled("Ranks", ranks(writers, drops))]
+    parts += _titled(f"Metrics ({len(metrics)})", metrics_table(metrics))
+    events = run.events()
+    parts += _titled(f"Events ({len(events)})", events_table(events[-MAX_EVENTS:])) if events else []
+    parts += _titled("Delivery audit: accepted = stored + dropped", audit(writers, drops))
+    sinks = sinks_table(run)
+    parts += _titled("Sinks", sinks) if sinks else []
+    return Group(*parts)
+
+
+def summary(run: Run) -> RenderableType:
+    """Return what the launcher prints when a job has ended: the run in one panel.
+
+    Args:
+        run: The run. Read once, here.
+    """
+    metrics = sorted((m for m in run.metrics() if len(m.last)), key=lambda metric: interest(metric.key))
+    facts = _facts(run)
+    drops = sum(drop.count for drop in run.drops())
+    if drops:
+        facts.add_row("dropped", words(f"{count(drops)} records (ddplog show {run.run_id})", "yellow"))
+    for state in _sink_states(run):
+        facts.add_row(words(f"sink {state.name}"), _sink_line(state))
+    parts: list[RenderableType] = [facts]
+    if metrics:
+        table = _table("metric", ">step", ">last", ">min .. max over ranks", ">n")
+        for metric in metrics[:MAX_SUMMARY_METRICS]:
+            last = metric.last
+            table.add_row(
+                words(metric.key),
+                str(last.step[-1]),
+                number(last.value[-1]),
+                _span(last),
+                f"{last.n[-1]}/{last.expected[-1]}",
+            )
+        parts += ["", table]
+    if len(metrics) > MAX_SUMMARY_METRICS:
+        parts.append(Text(f"and {len(metrics) - MAX_SUMMARY_METRICS} more metrics", style="dim"))
+    status = run.status
+    colour = {"finished": "green", "running": "cyan", "preempted": "yellow", "unknown": "yellow"}.get(status, "red")
+    return Panel(Group(*parts), title=words(run.name, "bold"), border_style=colour, expand=False, padding=(0, 1))
+
+
+def ranks(writers: Sequence[WriterInfo], drops: Sequence[Drop]) -> RenderableType:
+    """Return the ranks table; of a large world those that died, then the first ones."""
+    if not writers:
+        return Text("no rank has joined", style="dim")
+    dropped = _dropped(drops)
+    has_attempts = len({writer.attempt for writer in writers}) > 1
+    newest = sorted(writers, key=lambda w: (w.state not in _BAD_STATES, -w.attempt, w.rank, w.writer_id))
+    shown = sorted(newest[:MAX_RANKS], key=lambda w: (w.attempt, w.rank, w.writer_id))
+    attempt_column = (">attempt",) if has_attempts else ()
+    table = _table(*attempt_column, ">rank", "host", ">pid", "state", ">step", ">records", ">drops")
+    for writer in shown:
+        ended = how_ended(writer.state, writer.exit_code, writer.signal)
+        detail = ", ".join(part for part in (ended, writer.detail) if part)
+        num_drops = sum(dropped[writer.writer_id].values())
+        table.add_row(
+            *([str(writer.attempt)] if has_attempts else []),
+            str(writer.rank),
+            words(writer.host),
+            str(writer.pid),
+            status_words(writer.state, detail),
+            "-" if writer.step is None else str(writer.step),
+            count(writer.next_seq),
+            Text(count(num_drops), style="yellow" if num_drops else ""),
+        )
+    return _with_rest(table, len(writers) - len(shown), "ranks, in --json")
+
+
+def metrics_table(metrics: Sequence[Metric]) -> RenderableType:
+    """Return the metrics with their last point."""
+    if not metrics:
+        return Text("no metric has been logged", style="dim")
+    table = _table("metric", "reduce", ">points", ">step", ">last", ">min .. max over ranks", ">n", "")
+    for metric in metrics[:MAX_METRICS]:
+        last = metric.last
+        if not len(last):
+            table.add_row(words(metric.key), words(metric.reduce), count(metric.num_points), "", "", "", "", "")
+            continue
+        missing = int(last.n[-1]) < int(last.expected[-1])
+        table.add_row(
+            words(metric.key),
+            words(metric.reduce),
+            count(metric.num_points),
+            str(last.step[-1]),
+            number(last.value[-1]),
+            _span(last),
+            Text(f"{last.n[-1]}/{last.expected[-1]}", style="yellow" if missing else ""),
+            _bad(last),
+        )
+    return _with_rest(table, len(metrics) - MAX_METRICS, "metrics, in --json")
+
+
+def points_table(columns: MetricColumns | RankColumns, limit: int = 1000) -> RenderableType:
+    """Return a metric's last `limit` points."""
+    if isinstance(columns, RankColumns):
+        return _rank_points_table(columns, limit)
+    has_attempts = len(set(columns.attempt.tolist())) > 1
+    attempt_column = (">attempt",) if has_attempts else ()
+    table = _table(">step", *attempt_column, ">value", ">mean", ">std", ">min", ">max", ">n", "")
+    for i in range(max(0, len(columns) - limit), len(columns)):
+        one = columns.take(np.array([i]))
+        table.add_row(
+            str(one.step[0]),
+            *([str(one.attempt[0])] if has_attempts else []),
+            number(one.value[0]),
+            number(one.mean[0]),
+            number(one.std[0]),
+            f"{number(one.min[0])} {_rank(one.min_rank[0])}",
+            f"{number(one.max[0])} {_rank(one.max_rank[0])}",
+            f"{one.n[0]}/{one.expected[0]}",
+            _bad(one),
+        )
+    return _with_rest(table, len(columns) - limit, "earlier points: ddplog export")
+
+
+def _rank_points_table(columns: RankColumns, limit: int) -> RenderableType:
+    table = _table(">step", ">attempt", ">rank", ">value")
+    for i in range(max(0, len(columns) - limit), len(columns)):
+        table.add_row(
+            *(str(column[i]) for column in (columns.step, columns.attempt, columns.rank)), number(columns.value[i])
+        )
+    return _with_rest(table, len(columns) - limit, "earlier values: ddplog show --json")
+
+
+def events_table(events: Iterable[Event]) -> RenderableType:
+    """Return events in order."""
+    table = _table("time", ">rank", ">step", "event", "message")
+    styles = {"warning": "yellow", "error": "red"}
+    for event in events:
+        table.add_row(
+            moment(datetime.fromtimestamp(event.time_unix_ns / 1e9, tz=timezone.utc)),
+            "" if event.rank is None else str(event.rank),
+            "" if event.step is None else str(event.step),
+            words(event.kind, styles.get(event.level, "")),
+            words(event.message),
+        )
+    return table
+
+
+def audit(writers: Sequence[WriterInfo], drops: Sequence[Drop]) -> RenderableType:
+    """Return, per rank, what it accepted, what is stored, and what was dropped by reason."""
+    dropped = _dropped(drops)
+    reasons = sorted({drop.reason for drop in drops})
+    total = Text()
+    stored, lost = sum(w.next_seq for w in writers), sum(d.count for d in drops)
+    total.append(f"{count(stored + lost)} records accepted = {count(stored)} stored + {count(lost)} dropped")
+    if not reasons:
+        total.stylize("green")
+        return total
+    table = _table(">rank", ">accepted", ">stored", *(f">{reason}" for reason in reasons))
+    # A drop without a writer row stands under rank -1: it is shown, never left out.
+    known = {writer.writer_id: (writer.rank, writer.next_seq) for writer in writers}
+    for writer_id in sorted(dropped, key=lambda i: known.get(i, (-1, 0))):
+        rank, num_stored = known.get(writer_id, (-1, 0))
+        by_reason = dropped[writer_id]
+        table.add_row(
+            str(rank),
+            count(num_stored + sum(by_reason.values())),
+            count(num_stored),
+            *(count(by_reason.get(reason, 0)) for reason in reasons),
+        )
+    total.stylize("yellow")
+    return Group(total, table)
+
+
+def sinks_table(run: Run) -> RenderableType | None:
+    """Return the sinks with state, cursor and lag; None if the run has none."""
+    states = _sink_states(run)
+    if not states:
+        return None
+    table = _table("sink", "state", ">cursor", ">lag", "detail")
+    for state in states:
+        table.add_row(
+            words(state.name), status_words(state.state), count(state.cursor), count(state.lag), words(state.detail)
+        )
+    return table
+
+
+def _sink_states(run: Run) -> Sequence[SinkState]:
+    found = run.sink_states()
+    silent = {spec.partition("://")[0] for spec in run.sinks} - {state.name.partition("-")[0] for state in found}
+    return (
+        *found,
+        *(
+            SinkState(name=name, state="starting", cursor=0, lag=0, detail="it has not spoken yet", time_unix_ns=0)
+            for name in sorted(silent)
+        ),
+    )
+
+
+def _sink_line(state: SinkState) -> Text:
+    behind = f", {count(state.lag)} behind" if state.lag else ""
+    return status_words(state.state).append_text(words(behind + (f": {state.detail}" if state.detail else ""), "dim"))
+
+
+def _heading(run: Run) -> RenderableType:
+    facts = _facts(run)
+    if run.tags:
+        facts.add_row("tags", words(", ".join(run.tags)))
+    for attempt in run.attempts[1:]:
+        opened = moment(datetime.fromtimestamp(attempt.opened_unix_ns / 1e9, tz=timezone.utc))
+        facts.add_row(f"attempt {attempt.attempt}", words(f"{opened}, {attempt.world_size} ranks: {attempt.reason}"))
+    if run.is_immutable:
+        facts.add_row("note", Text("read-only folder: what was not checkpointed is not shown", style="yellow"))
+    return facts
+
+
+def _facts(run: Run) -> Table:
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    status, detail, ended, attempts = run.status, run.detail, run.ended, run.attempts
+    facts.add_row("run", words(run.run_id, "bold"))
+    facts.add_row("project", words(run.project))
+    facts.add_row("status", status_words(status, detail))
+    end = ended or (datetime.now(timezone.utc) if status == "running" else None)
+    took = f", took {seconds((end - run.created).total_seconds())}" if end else ""
+    facts.add_row("started", f"{moment(run.created)}{took}")
+    if attempts:
+        restarts = f", {len(attempts)} attempts" if len(attempts) > 1 else ""
+        facts.add_row("ranks", f"{attempts[-1].world_size}{restarts}")
+    facts.add_row("points", count(run.num_points))
+    facts.add_row("path", words(run.path, limit=4096))
+    return facts
+
+
+def _titled(title: str, body: RenderableType) -> list[RenderableType]:
+    return ["", Text(title, style="bold"), body]
+
+
+def _table(*names: str) -> Table:
+    """Return a table without lines; a name that begins with ">" heads a column of numbers."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in names:
+        is_number = name.startswith(">")
+        heading = words(name[1:] if is_number else name, limit=30)
+        table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+    return table
+
+
+def _with_rest(table: Table, num_left: int, what: str) -> RenderableType:
+    return Group(table, Text(f"and {count(num_left)} more {what}", style="dim")) if num_left > 0 else table
+
+
+def _dropped(drops: Iterable[Drop]) -> dict[int, dict[str, int]]:
+    found: dict[int, dict[str, int]] = defaultdict(dict)
+    for drop in drops:
+        found[drop.writer_id][drop.reason] = found[drop.writer_id].get(drop.reason, 0) + drop.count
+    return found
+
+
+def _span(last: MetricColumns) -> str:
+    low, high = float(last.min[-1]), float(last.max[-1])
+    if math.isnan(low) or int(last.n[-1]) < 2:
+        return ""
+    return f"{number(low)} {_rank(last.min_rank[-1])} .. {number(high)} {_rank(last.max_rank[-1])}"
+
+
+def _rank(rank: int) -> str:
+    return f"r{rank}" if rank >= 0 else ""
+
+
+def _bad(last: MetricColumns) -> Text:
+    parts = [f"{last.nan_count[-1]} NaN"] if last.nan_count[-1] else []
+    parts += [f"{last.inf_count[-1]} Inf"] if last.inf_count[-1] else []
+    return Text(f"{', '.join(parts)} (rank {last.bad_rank[-1]})" if parts else "", style="red")

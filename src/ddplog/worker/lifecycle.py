@@ -1,0 +1,204 @@
+"""Owns init() and what surrounds a run in a process: the current run, exit, exceptions, fork."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ddplog import config as settings_of
+from ddplog.errors import ConfigError
+from ddplog.journal import spool
+from ddplog.journal.writer import JournalWriter
+from ddplog.worker import identity as identity_of
+from ddplog.worker.election import ensure_agent
+from ddplog.worker.run import NullRun, Run, describe
+
+_current: Run | None = None
+_runs: list[Run] = []
+_ordinal = 0
+_has_hooks = False
+
+
+def init(
+    project: str | None = None,
+    name: str | None = None,
+    run_id: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    tags: Sequence[str] | None = None,
+    dir: str | os.PathLike[str] | None = None,  # noqa: A002 - the name users know from other trackers
+    sinks: Sequence[str] | None = None,
+    resume: str | None = None,
+    **settings: Any,
+) -> Run:
+    """Join the job's run: every rank calls it, in any order, and gets the same run.
+
+    Args:
+        project: The tracker's project.
+        name: The run's display name.
+        run_id: The run's folder under `dir`; an existing one is continued as a new attempt.
+        config: Hyperparameters, as by log_params().
+        tags: Free words.
+        dir: Folder of runs.
+        sinks: Trackers, such as ("tensorboard", "jsonl").
+        resume: auto, never or must.
+        **settings: Any further field of config.Settings.
+
+    Returns:
+        The run, which is also what ddplog.log() uses from now on.
+
+    Raises:
+        ConfigError: If a setting cannot work. Nothing raises after this.
+    """
+    global _current, _ordinal
+    arguments = {
+        "project": project,
+        "name": name,
+        "run_id": run_id,
+        "tags": tags,
+        "dir": dir,
+        "sinks": sinks,
+        "resume": resume,
+        **settings,
+    }
+    resolved = settings_of.resolve(arguments)
+    if resolved.mode == "off":
+        _current = NullRun()
+        return _current
+    who = identity_of.detect(os.environ)
+    folder, job = _declare(resolved, who)
+    _ordinal += 1
+    incarnation = secrets.token_bytes(16)
+    try:
+        journal = JournalWriter(
+            folder / f"{who.rank}.{incarnation.hex()}",
+            incarnation,
+            _describe_process(who, job),
+            segment_bytes=resolved.segment_bytes,
+            spool_bytes=resolved.spool_bytes,
+            check=lambda: ensure_agent(folder),
+        )
+    except OSError as exc:
+        reason = getattr(exc, "reason", None) or exc.strerror
+        raise ConfigError("spool", str(folder.parent), f"cannot hold a journal: {reason}") from exc
+    ensure_agent(folder)
+    run = Run(
+        journal,
+        job,
+        who,
+        strict=resolved.strict,
+        exit_wait_s=resolved.exit_wait_s,
+        max_keys=resolved.max_keys,
+    )
+    if config:
+        run.log_params(config)
+    _install_hooks()
+    _runs.append(run)
+    _current = run
+    return run
+
+
+def current() -> Run | None:
+    """Return the run of the last init(), if there is one."""
+    return _current
+
+
+def _declare(resolved: settings_of.Settings, who: identity_of.Identity) -> tuple[Path, spool.JobInfo]:
+    now = time.time_ns()
+    root = spool.open_spool(resolved.spool)
+    key, launcher_pid = spool.job_key(os.environ, has_launcher=who.has_launcher)
+    suffix = resolved.run_id or str(_ordinal)
+    folder = root / f"{key}-{suffix}"
+    runs = Path(resolved.dir).absolute()
+    _check_runs(runs, resolved, is_first=not folder.exists())
+    info = spool.JobInfo(
+        run_id=resolved.run_id or spool.new_run_id(now),
+        project=resolved.project,
+        name=resolved.name,
+        dir=str(runs),
+        sinks=resolved.sinks,
+        tags=resolved.tags,
+        config={},
+        created_unix_ns=now,
+        launcher_pid=launcher_pid,
+        node_rank=who.node_rank,
+        launcher="ddplog run" if spool.JOB_VARIABLE in os.environ else who.launcher,
+        settings={
+            field: getattr(resolved, field)
+            for field in ("grace_s", "late_s", "settle_s", "max_keys", "rank_log_bytes", "spool_bytes", "host", "port")
+        },
+    )
+    return folder, spool.declare_job(folder, info)
+
+
+def _check_runs(runs: Path, resolved: settings_of.Settings, *, is_first: bool) -> None:
+    existing = next((path for path in (runs, *runs.parents) if path.exists()), runs)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError("dir", str(runs), f"{existing} cannot be written")
+    if resolved.run_id is None or not is_first:
+        return
+    exists = (runs / resolved.run_id / "run.db").exists()
+    if resolved.resume == "never" and exists:
+        raise ConfigError("resume", "never", f"run {resolved.run_id} exists in {runs}")
+    if resolved.resume == "must" and not exists:
+        raise ConfigError("resume", "must", f"there is no run {resolved.run_id} in {runs}")
+
+
+def _describe_process(who: identity_of.Identity, job: spool.JobInfo) -> Mapping[str, Any]:
+    return {
+        "rank": who.rank,
+        "world_size": who.world_size,
+        "local_rank": who.local_rank,
+        "local_world_size": who.local_world_size,
+        "node_rank": who.node_rank,
+        "launcher": who.launcher,
+        "pid": os.getpid(),
+        "host": os.uname().nodename,
+        "boot_id": spool.boot_id(),
+        "run_id": job.run_id,
+        "started_unix_ns": time.time_ns(),
+    }
+
+
+def _install_hooks() -> None:
+    global _has_hooks
+    if _has_hooks:
+        return
+    _has_hooks = True
+    atexit.register(_at_exit)
+    os.register_at_fork(after_in_child=_after_fork)
+    previous = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not issubclass(kind, (SystemExit, KeyboardInterrupt)):
+            _failures.append(describe(kind, error))
+        elif issubclass(kind, KeyboardInterrupt):
+            _failures.append("")
+        previous(kind, error, traceback)
+
+    sys.excepthook = excepthook
+
+
+_failures: list[str] = []
+"""What the excepthook saw; "" for KeyboardInterrupt."""
+
+
+def _at_exit() -> None:
+    for run in _runs:
+        if not _failures:
+            run.finish()
+        elif _failures[0]:
+            run.finish("failed", _failures[0])
+        else:
+            run.finish("killed", "KeyboardInterrupt")
+
+
+def _after_fork() -> None:
+    for run in _runs:
+        run._journal.abandon()  # noqa: SLF001 - the same package

@@ -1,0 +1,393 @@
+"""Owns a run inside a training process: the public Run object.
+
+After init() nothing here raises into the training loop unless `strict` is set, and nothing blocks: a value that
+cannot be logged is counted by reason in the journal's head page and warned about once per reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ddplog.core.records import NO_STEP
+from ddplog.errors import UsageError
+from ddplog.journal.spool import JobInfo
+from ddplog.journal.writer import JournalFullError, JournalWriter
+from ddplog.worker.identity import Identity
+from ddplog.worker.scalars import BadValueError, as_float, as_int, flatten
+
+_logger = logging.getLogger("ddplog")
+_LEVELS: Final = ("info", "warning", "error")
+_STATUSES: Final = ("finished", "failed", "killed", "preempted")
+_REDUCTIONS: Final = ("mean", "sum", "min", "max", "last", "std", "median", "rss", "none")
+
+
+class Run:
+    """One rank's handle on the run. Every method may be called on any rank, from any thread, at any time.
+
+    Guarantees: what was accepted (the call returned) survives SIGKILL of the process.
+    Does not guarantee: that it has reached the aggregator; see flush() and finish().
+    """
+
+    def __init__(
+        self,
+        journal: JournalWriter,
+        job: JobInfo,
+        identity: Identity,
+        *,
+        strict: bool,
+        exit_wait_s: float,
+        max_keys: int,
+    ) -> None:
+        self._journal = journal
+        self._fast = journal.log_floats
+        self._deferred = journal.deferred
+        self._job = job
+        self._identity = identity
+        self._strict = strict
+        self._exit_wait_s = exit_wait_s
+        self._max_keys = max_keys
+        self._keys: set[str] = set()
+        self._calls: dict[tuple[str, ...], int] = {}
+        self._warned: set[str] = set()
+        self._pid = os.getpid()
+        self._is_finished = False
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, and its folder's name."""
+        return self._job.run_id
+
+    @property
+    def dir(self) -> str:
+        """The run's folder."""
+        return str(self._job.run_dir)
+
+    @property
+    def rank(self) -> int:
+        """This process's global rank."""
+        return self._identity.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._identity.world_size
+
+    @property
+    def drops(self) -> Mapping[str, int]:
+        """Values of this rank that were not taken: reason -> count."""
+        return self._journal.drops
+
+    def log(self, data: Mapping[str, Any], step: int | None = None, weight: float = 1.0) -> None:
+        """Log numbers of one step.
+
+        Args:
+            data: Names to numbers: Python, numpy or torch (one element). Nested dicts are joined by "/".
+            step: The optimizer step. If not given: that of set_step(), else how often this set of names was logged
+                before by this rank.
+            weight: What the values count for in weighted reductions, usually len(batch); finite, not negative.
+
+        Raises:
+            UsageError: Under strict=True only, for a value that is not a number or a name that is not a string.
+        """
+        if not self._fast(data, step, weight):
+            self._log_slowly(data, step, weight)
+        if self._deferred:
+            self._drain()
+
+    def _log_slowly(self, data: Mapping[str, Any], step: int | None, weight: float) -> None:
+        journal = self._journal
+        if not journal.is_open:
+            self._refuse_closed(data)
+            return
+        if not journal.enter():
+            journal.defer(data, step, weight)
+            return
+        problems: list[BadValueError] = []
+        try:
+            self._append(data, step, weight, problems)
+        except JournalFullError as exc:
+            journal.drop(exc.reason, _size(data))
+            self._warn(exc.reason, "the journal's disk is full: values are dropped (counted)")
+        except Exception as exc:  # noqa: BLE001 - the edge of the public API: training goes on
+            journal.drop("io_error", _size(data))
+            self._warn("io_error", f"log() failed: {exc!r}")
+        finally:
+            journal.leave()
+        for problem in problems:
+            journal.drop(problem.reason)
+            self._warn(problem.reason, str(problem))
+        if problems and self._strict:
+            raise UsageError("; ".join(map(str, problems[:5])))
+
+    def _append(self, data: Mapping[str, Any], step: int | None, weight: float, problems: list[BadValueError]) -> None:
+        if not isinstance(data, Mapping):
+            problems.append(
+                BadValueError("bad_value", f"log() takes a dict of names to numbers, not {type(data).__name__}")
+            )
+            return
+        keys: list[str] = []
+        values: list[float] = []
+        for key, value, problem in flatten(data):
+            try:
+                if problem is not None:
+                    raise problem
+                number = as_float(key, value)
+                self._admit_key(key)
+            except BadValueError as exc:
+                problems.append(exc)
+                continue
+            except Exception as exc:  # noqa: BLE001 - float() of a user's object may raise anything
+                problems.append(BadValueError("bad_value", f"{key}: {exc!r}"))
+                continue
+            keys.append(key)
+            values.append(number)
+        if not keys:
+            return
+        names = tuple(keys)
+        number_of_step = self._step(names, step, problems)
+        if number_of_step is None:
+            return
+        try:
+            factor = as_float("weight", weight)
+        except BadValueError:
+            factor = -1.0
+        if not 0 <= factor < float("inf"):
+            problems.append(
+                BadValueError("bad_weight", f"weight={weight!r} must be a finite number, 0 or more; 1 is taken")
+            )
+            factor = 1.0
+        self._journal.append_scalars(names, values, number_of_step, factor)
+
+    def _admit_key(self, key: str) -> None:
+        if key in self._keys:
+            return
+        if len(self._keys) >= self._max_keys:
+            raise BadValueError("key_limit", f"{key}: this rank has logged {self._max_keys} names already (max_keys)")
+        self._keys.add(key)
+
+    def _step(self, names: tuple[str, ...], step: Any, problems: list[BadValueError]) -> int | None:
+        if step is not None:
+            number = as_int(step)
+            if number is None:
+                problems.append(BadValueError("bad_step", f"step={step!r} must be a whole number of 64 bits"))
+            return number
+        if self._journal.ambient_step != NO_STEP:
+            return self._journal.ambient_step
+        count = self._calls.get(names, 0)
+        self._calls[names] = count + 1
+        return count
+
+    def _refuse_closed(self, data: Mapping[str, Any]) -> None:
+        if os.getpid() != self._pid:
+            self._warn("forked_child", "log() in a forked process is ignored: log in the rank's own process")
+            return
+        self._journal.drop("after_finish", _size(data))
+        self._warn("after_finish", "log() after finish() is ignored (counted)")
+
+    def _drain(self) -> None:
+        while self._deferred:
+            try:
+                call = self._deferred.popleft()
+            except IndexError:
+                return  # another thread took it
+            if not self._fast(*call):
+                self._log_slowly(*call)
+
+    def _message(self, message: Mapping[str, Any], step: int = NO_STEP) -> None:
+        journal = self._journal
+        if not journal.is_open:
+            self._refuse_closed(message)
+            return
+        if not journal.enter():
+            self._warn("reentrant_overflow", f"{message['type']} from a signal handler during log() is not possible")
+            journal.drop("reentrant_overflow")
+            return
+        reason, why = "", ""
+        try:
+            journal.append_message(message, step)
+        except JournalFullError as exc:
+            reason, why = exc.reason, "the journal's disk is full: it is dropped (counted)"
+        except ValueError as exc:
+            reason, why = "record_too_large", f"{message['type']} is dropped (counted): {exc}"
+        except Exception as exc:  # noqa: BLE001 - the edge of the public API: training goes on
+            reason, why = "io_error", f"{message['type']} is dropped (counted): {exc!r}"
+        finally:
+            journal.leave()
+        if reason:
+            journal.drop(reason)
+            self._warn(reason, why)
+            if self._strict and reason == "record_too_large":
+                raise UsageError(why)
+
+    def set_step(self, step: int) -> None:
+        """Set the step of calls that give none, and show it as this rank's progress.
+
+        Raises:
+            UsageError: Under strict=True only, if it is not a whole number.
+        """
+        number = as_int(step)
+        if number is None:
+            if self._journal.is_open:
+                self._journal.drop("bad_step")
+            self._warn("bad_step", f"set_step({step!r}): must be a whole number of 64 bits")
+            if self._strict:
+                raise UsageError(f"set_step({step!r}): must be a whole number of 64 bits")
+        elif self._journal.is_open:
+            self._journal.set_step(number)
+
+    def define_metric(self, pattern: str, reduce: str = "mean", *, replicated: bool = False) -> None:
+        """Declare how ranks' values of matching names become one.
+
+        Args:
+            pattern: A name, or a glob pattern; the first definition that matches a name counts.
+            reduce: mean (weighted), sum, min, max, last, std, median, p0 to p100, rss, or none (kept per rank).
+            replicated: The ranks must agree; where they do not, the run gets an event that names the step.
+
+        Raises:
+            UsageError: If the reduction is unknown: a mistake in the program, best seen at once.
+        """
+        is_percentile = reduce[:1] == "p" and reduce[1:].replace(".", "", 1).isdigit() and float(reduce[1:]) <= 100
+        if reduce not in _REDUCTIONS and not is_percentile:
+            raise UsageError(f"reduce={reduce!r}: must be one of {', '.join(_REDUCTIONS)}, or a percentile such as p90")
+        self._message({"type": "define", "pattern": str(pattern), "reduce": reduce, "replicated": bool(replicated)})
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log hyperparameters, from one rank or all; ranks that disagree are named in an event."""
+        values = {}
+        for key, value, problem in flatten(params):
+            if problem is None:
+                values[key] = value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+        if values:
+            self._message({"type": "params", "values": values})
+
+    def log_text(self, key: str, text: str, step: int | None = None) -> None:
+        """Log a piece of text, at most 256 KiB."""
+        number = as_int(step) if step is not None else self._journal.ambient_step
+        self._message({"type": "text", "key": str(key), "text": str(text)}, NO_STEP if number is None else number)
+
+    def alert(self, title: str, text: str = "", level: str = "warning") -> None:
+        """Put an event on the run: `level` is info, warning or error."""
+        if level not in _LEVELS:
+            raise UsageError(f"level={level!r}: must be one of {', '.join(_LEVELS)}")
+        self._message(
+            {"type": "alert", "title": str(title), "text": str(text), "level": level}, self._journal.ambient_step
+        )
+
+    def flush(self) -> None:
+        """Make everything logged so far durable on this node's disk. Blocks for one msync."""
+        if os.getpid() == self._pid:
+            self._journal.flush()
+
+    def finish(self, status: str = "finished", detail: str = "") -> None:
+        """Say that this rank is done; waits, at most exit_wait_s, until the aggregator has stored everything.
+
+        Optional: a process that just ends loses nothing. Calls after the first do nothing.
+
+        Args:
+            status: finished, failed, killed or preempted.
+            detail: Why.
+
+        Raises:
+            UsageError: If the status is unknown.
+        """
+        if status not in _STATUSES:
+            raise UsageError(f"status={status!r}: must be one of {', '.join(_STATUSES)}")
+        if self._is_finished or os.getpid() != self._pid:
+            return
+        self._is_finished = True
+        self._drain()
+        self._message({"type": "finish", "status": status, "detail": detail[:2000]})
+        self._journal.close(finished=True)
+        self._wait_stored()
+
+    def _wait_stored(self) -> None:
+        """Wait until the agent says that the store holds the last seq: a cgroup may kill the helpers with us."""
+        deadline = time.monotonic() + self._exit_wait_s
+        while self._journal.acked_seq < self._journal.next_seq and time.monotonic() < deadline:
+            time.sleep(0.002)
+            self._journal.look_after_agent()
+        if self._journal.acked_seq < self._journal.next_seq and self._exit_wait_s:
+            _logger.warning(
+                "ddplog: after %.0f s the store does not hold the last records of rank %d yet; they are safe in %s",
+                self._exit_wait_s,
+                self.rank,
+                self._journal.folder,
+            )
+
+    def _warn(self, reason: str, message: str) -> None:
+        if reason in self._warned:
+            return
+        self._warned.add(reason)
+        try:
+            warnings.warn(f"ddplog: {message} (further ones are only counted)", RuntimeWarning, stacklevel=4)
+        except RuntimeWarning:  # the user runs with -W error; a warning must not stop training
+            _logger.warning("ddplog: %s", message)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.finish("failed", describe(kind, error))
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Run belongs to its process; call ddplog.init() in the other one")
+
+    def __repr__(self) -> str:
+        return f"<ddplog.Run {self.run_id} rank={self.rank}/{self.world_size} {self._journal!r}>"
+
+
+class NullRun(Run):
+    """A run that takes nothing: mode=off."""
+
+    def __init__(self) -> None:
+        pass
+
+    run_id = "off"
+    dir = ""
+    rank = 0
+    world_size = 1
+    drops: Mapping[str, int] = {}
+
+    def log(self, data: Mapping[str, Any], step: int | None = None, weight: float = 1.0) -> None:
+        """Do nothing."""
+
+    def set_step(self, step: int) -> None:
+        """Do nothing."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def finish(self, status: str = "finished", detail: str = "") -> None:
+        """Do nothing."""
+
+    def _message(self, message: Mapping[str, Any], step: int = NO_STEP) -> None:
+        pass
+
+    def log_text(self, key: str, text: str, step: int | None = None) -> None:
+        """Do nothing."""
+
+    def alert(self, title: str, text: str = "", level: str = "warning") -> None:
+        """Do nothing."""
+
+    def __repr__(self) -> str:
+        return "<ddplog.Run off>"
+
+
+def describe(kind: type[BaseException], error: BaseException | None) -> str:
+    """Return an exception as one line: `ValueError: loss is nan`."""
+    text = str(error).split("\n", 1)[0][:500]
+    return f"{kind.__name__}: {text}" if text else kind.__name__
+
+
+def _size(data: object) -> int:
+    try:
+        return max(1, len(data))  # type: ignore[arg-type]
+    except TypeError:
+        return 1

@@ -1,0 +1,96 @@
+"""Decides what a logged value is: flattens nested dicts and turns numbers of any library into floats.
+
+torch and numpy are never imported here: a value of theirs can only exist if the user's process has.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+MAX_KEY_BYTES: Final = 250
+_MAX_DEPTH: Final = 16
+
+
+class BadValueError(Exception):
+    """A key or value that cannot be logged; `reason` is one of journal.segment.DROP_REASONS."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def flatten(
+    data: Mapping[Any, Any], prefix: str = "", depth: int = 0
+) -> Iterator[tuple[str, Any, BadValueError | None]]:
+    """Yield (key, value, what is wrong with the key) of every leaf; keys of nested dicts are joined by "/"."""
+    for name, value in data.items():
+        if not isinstance(name, str):
+            yield (
+                prefix + repr(name),
+                value,
+                BadValueError("bad_key", f"key {name!r} is {_article(name)}, not a string"),
+            )
+            continue
+        key = prefix + name
+        if isinstance(value, Mapping) and depth < _MAX_DEPTH:
+            yield from flatten(value, key + "/", depth + 1)
+        else:
+            yield key, value, _check_key(key)
+
+
+def _check_key(key: str) -> BadValueError | None:
+    if not key.isprintable() or not key.strip() or "\u202e" in key:
+        return BadValueError("bad_key", f"key {key!r} is empty or has characters that cannot be shown")
+    if len(key) > MAX_KEY_BYTES or len(key.encode("utf-8", "replace")) > MAX_KEY_BYTES:
+        return BadValueError("bad_key", f"key {key[:40]!r}... is longer than {MAX_KEY_BYTES} bytes")
+    return None
+
+
+def as_float(key: str, value: Any) -> float:
+    """Return a number as a float; ints beyond 2**53 are rounded.
+
+    Raises:
+        BadValueError: If it is not one number.
+    """
+    if isinstance(value, (float, int)):  # bool is an int, numpy.float64 a float
+        try:
+            return float(value)
+        except OverflowError:
+            raise BadValueError("bad_value", f"{key}: {str(value)[:20]}... is too large for a float") from None
+    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _from_tensor(key, value)
+    if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)):
+        if value.size == 1 and value.dtype.kind in "biuf":
+            return float(value.reshape(()))
+        what = f"numpy array of shape {value.shape}" if value.size != 1 else f"numpy value of type {value.dtype}"
+        raise BadValueError("bad_value", f"{key}: a {what}; log() takes single real numbers")
+    raise BadValueError("bad_value", f"{key}: {_article(value)}; log() takes numbers (log_text() takes text)")
+
+
+def _from_tensor(key: str, value: Any) -> float:
+    if value.numel() != 1 or value.is_complex():
+        what = f"shape {tuple(value.shape)}" if value.numel() != 1 else f"type {value.dtype}"
+        raise BadValueError("bad_value", f"{key}: a tensor of {what}; log() takes single real numbers")
+    return float(value.detach())
+
+
+def as_int(value: Any) -> int | None:
+    """Return a whole number of any library as an int; None if it is not one, or not an int64."""
+    if isinstance(value, float):
+        number = int(value) if value.is_integer() else None
+    else:
+        try:
+            number = value.__index__()
+        except Exception:  # noqa: BLE001 - the value is the user's: whatever it raises, it is not a whole number
+            number = None
+    if number is None or not -(1 << 63) < number < 1 << 63:
+        return None
+    return number
+
+
+def _article(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
