@@ -157,21 +157,26 @@ def test_stop_ends_a_watch_at_once_with_the_last_snapshot(client, server, run):
     stopper.join()
 
 
-def test_a_client_that_leaves_frees_its_place(server, run):
+def start_watch(client):
+    """Return a stream that the server has accepted, once it has seen that earlier clients left."""
+    while True:
+        stream = client.watch(interval_s=60.0)
+        try:
+            assert next(stream).run_id == "r1"
+        except ControlUnavailableError:
+            continue
+        return stream
+
+
+def test_a_client_that_leaves_frees_its_place(server):
     """Twelve at a time; a thirteenth is refused, and none is held by the dead."""
     for _ in range(3):
         with connect(server.socket_path) as client:
-            streams = [client.watch(interval_s=60.0) for _ in range(12)]
-            for stream in streams:
-                while True:
-                    try:
-                        assert next(stream).run_id == "r1"
-                        break
-                    except ControlUnavailableError:  # the server has not yet seen the last round's clients leave
-                        stream = client.watch(interval_s=60.0)
+            streams = [start_watch(client) for _ in range(12)]
             with pytest.raises(ControlUnavailableError):
                 next(client.watch(interval_s=60.0))
             assert client.status().run_id == "r1", "watchers must not starve status"
+            assert len(streams) == 12
 
 
 @pytest.mark.parametrize(
@@ -224,6 +229,12 @@ def test_a_path_with_odd_characters_works(run, tmp_path):
     with ControlServer(folder / "c", run.status, run.finish) as server, connect(server.socket_path) as client:
         assert client.status().run_id == "r1"
         assert (folder / "c").is_socket()
+
+
+def test_a_folder_in_the_sockets_place_is_refused(run, folder):
+    (folder / "c.sock").mkdir()
+    with pytest.raises(ConfigError):
+        ControlServer(folder / "c.sock", run.status, run.finish)
 
 
 def test_a_path_too_long_is_refused_naming_what_to_set(run, tmp_path):

@@ -102,6 +102,7 @@ def make_job(spool, runs, job="0123456789abcdef", run_id="r1", sinks=(), *, has_
             created_unix_ns=1,
             launcher_pid=1,
             launcher="ddplog run",
+            node_rank=0,
             settings={},
         ),
     )

@@ -48,7 +48,7 @@ class Tracked:
 
     @property
     def incarnation(self) -> bytes:
-        return self.reader.incarnation
+        return bytes(self.reader.incarnation)
 
 
 class Shipper:

@@ -162,10 +162,11 @@ class _Servicer(control_pb2_grpc.ControlServicer):
     def Watch(self, request: WatchRequest, context: Any) -> Iterator[StatusReply]:  # noqa: N802
         interval_s = clamp_interval(request.interval_s)
         with self._watching(context) as ended:
-            while True:
+            while context.is_active():
+                is_last = self._stopping  # read before the snapshot, so that the last one is taken after stop()
                 reply = self._status()
                 yield reply
-                if reply.status != "running" or self._stopping or not context.is_active():
+                if is_last or reply.status != "running":
                     return
                 ended.wait(interval_s)
 

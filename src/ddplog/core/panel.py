@@ -8,7 +8,7 @@ A window is closed, that is reduced and emitted,
   - when the watermark reaches its step, or
   - `settle_ns` after every expected rank has reported every key of it (not for keys that ranks were seen to log
     repeatedly in a step: those wait for the watermark), in the order of steps, or
-  - if it was opened at or below the watermark (late): when complete, or `late_ns` after it was opened.
+  - if it was late when it was opened: when complete, or `late_ns` after it was opened.
 
 Closed windows are kept, the newest `keep_closed` of them: a late value reopens its window, and the point is
 emitted again with everything in it. A value for a step whose window is gone is not reduced here: its (key, step)
@@ -115,6 +115,7 @@ class Panel:
         self.expected: Bool = np.ones((world_size, num_keys), np.bool_)
         self._misses = np.zeros((world_size, num_keys), np.int8)
         self._repeats = False
+        self._is_everyone_expected = True
         self._now_ordinal = 0
         self._rows: dict[int, int] = {}
         self._ranks = np.zeros(0, np.int64)
@@ -175,7 +176,7 @@ class Panel:
             self._order = np.asarray([self._rows[int(r)] for r in self._ranks], np.int64)
         return row
 
-    def _slot(self, step: int, watermark: int, now_ns: int) -> int:
+    def _slot(self, step: int, late_to: int, now_ns: int) -> int:
         """Return the step's slot, opening or reopening its window; -1 if its window is gone for good."""
         slot = self._slots.get(step)
         if slot is not None:
@@ -196,7 +197,7 @@ class Panel:
         self._slots[step] = slot
         self._state[slot] = OPEN
         self._step[slot] = step
-        self._late[slot] = step <= watermark
+        self._late[slot] = step <= late_to
         self._opened[slot] = now_ns
         self._ordinal[slot] = self._now_ordinal
         return slot
@@ -207,6 +208,7 @@ class Panel:
         self._value[:, slot] = np.nan
         self._weight[:, slot] = 0
         self._count[:, slot] = 0
+        self._time[:, slot] = 0
         self._arrived[slot] = 0
         self._free.append(slot)
         if self._nonfinite:
@@ -218,7 +220,7 @@ class Panel:
     # -- ingest
 
     def add(
-        self, rank: int, rows: Rows, columns: Sequence[int] | None, watermark: int, now_ns: int, ordinal: int = 0
+        self, rank: int, rows: Rows, columns: Sequence[int] | None, late_to: int, now_ns: int, ordinal: int = 0
     ) -> None:
         """Take records of one rank.
 
@@ -226,13 +228,45 @@ class Panel:
             rank: Whose they are.
             rows: Their values, [M, K'].
             columns: Which key of the panel each of the K' columns is; None: all of them, in order.
-            watermark: Of the attempt, before these records.
+            late_to: A window opened at or below this step is late: the watermark, or the step before the rank's own
+                progress (epoch-wise values beside step-wise ones).
             now_ns: Monotonic time.
             ordinal: Number of the rank log's entry they are in; `oldest_open` returns the smallest still needed.
         """
         self._now_ordinal = ordinal
-        row = self._row(rank)
-        slots = np.asarray([self._slot(step, watermark, now_ns) for step in rows.steps.tolist()], np.int64)
+        row = self._rows.get(rank)
+        if row is None:
+            row = self._row(rank)
+        if len(rows.steps) == 1:
+            self._add_one(rank, row, rows, columns, late_to, now_ns)
+        else:
+            self._add_many(rank, row, rows, columns, late_to, now_ns)
+        if not self._is_everyone_expected:
+            seen = slice(None) if columns is None else list(columns)
+            self.expected[rank, seen] = True
+            self._misses[rank, seen] = 0
+
+    def _add_one(
+        self, rank: int, row: int, rows: Rows, columns: Sequence[int] | None, late_to: int, now_ns: int
+    ) -> None:
+        """As _add_many for a single record, without its arrays: one step at a time is 20 times a second a rank."""
+        slot = self._slot(int(rows.steps[0]), late_to, now_ns)
+        if slot < 0:
+            return
+        self._touched[slot] = now_ns
+        if columns is None and not self._time[row, slot] and np.isfinite(rows.values).all():
+            self._value[row, slot] = rows.values[0]
+            self._weight[row, slot] = rows.weights[0]
+            self._count[row, slot] = 1
+            self._arrived[slot] += 1
+            self._time[row, slot] = rows.times[0]
+        else:
+            self._put(rank, row, np.asarray([slot]), rows, columns)
+
+    def _add_many(
+        self, rank: int, row: int, rows: Rows, columns: Sequence[int] | None, late_to: int, now_ns: int
+    ) -> None:
+        slots = np.asarray([self._slot(step, late_to, now_ns) for step in rows.steps.tolist()], np.int64)
         keep = slots >= 0
         if not keep.all():
             rows = rows.where(keep)
@@ -240,49 +274,44 @@ class Panel:
             if not len(slots):
                 return
         self._touched[slots] = now_ns
-        if len(slots) == 1:
-            is_unique = True
+        if bool((rows.steps[1:] > rows.steps[:-1]).all()):
+            self._put(rank, row, slots, rows, columns)
         else:
-            is_unique = bool((rows.steps[1:] > rows.steps[:-1]).all())
-        is_new = is_unique and columns is None and not self._count[row, slots].any()
-        if is_new and np.isfinite(rows.values).all():
+            for part in _rounds(slots):
+                self._put(rank, row, slots[part], rows.where(part), columns)
+
+    def _put(self, rank: int, row: int, slots: I64, rows: Rows, columns: Sequence[int] | None) -> None:
+        """Take records of different steps."""
+        finite = np.isfinite(rows.values)
+        if columns is None and finite.all() and not self._time[row, slots].any():
             self._value[row, slots] = rows.values
             self._weight[row, slots] = rows.weights[:, None]
             self._count[row, slots] = 1
             self._arrived[slots] += 1
         else:
-            self._add_one_by_one(rank, row, slots, rows, columns or range(len(self.key_ids)))
+            self._fold(rank, row, slots, rows, finite, list(range(len(self.key_ids)) if columns is None else columns))
         self._time[row, slots] = rows.times
-        seen = slice(None) if columns is None else list(columns)
-        if self._misses[rank, seen].any() or not self.expected[rank, seen].all():
-            self.expected[rank, seen] = True
-            self._misses[rank, seen] = 0
 
-    def _add_one_by_one(self, rank: int, row: int, slots: I64, rows: Rows, columns: Sequence[int]) -> None:
-        finite = np.isfinite(rows.values)
-        for m, slot in enumerate(slots.tolist()):
-            weight = float(rows.weights[m])
+    def _fold(self, rank: int, row: int, slots: I64, rows: Rows, finite: Bool, columns: list[int]) -> None:
+        cells = np.ix_(np.asarray([row]), slots, np.asarray(columns))
+        count, value, weight = self._count[cells][0], self._value[cells][0], self._weight[cells][0]
+        self._arrived[np.ix_(slots, np.asarray(columns))] += count == 0
+        self._repeats |= bool(count.any())
+        self._count[cells] = count + 1
+        given = np.broadcast_to(rows.weights[:, None], value.shape)
+        is_first = finite & np.isnan(value)
+        is_again = finite & ~is_first
+        if is_again.any():
             for j, k in enumerate(columns):
-                value = float(rows.values[m, j])
-                count = int(self._count[row, slot, k])
-                self._count[row, slot, k] = count + 1
-                if count == 0:
-                    self._arrived[slot, k] += 1
-                else:
-                    self._repeats = True
-                if not finite[m, j]:
-                    self._note_nonfinite(int(rows.steps[m]), k, rank, value)
-                elif np.isnan(self._value[row, slot, k]):
-                    self._value[row, slot, k] = value
-                    self._weight[row, slot, k] = weight
-                else:
-                    self._value[row, slot, k], self._weight[row, slot, k] = fold(
-                        self.reductions[k],
-                        float(self._value[row, slot, k]),
-                        float(self._weight[row, slot, k]),
-                        value,
-                        weight,
+                again = is_again[:, j]
+                if again.any():
+                    value[again, j], weight[again, j] = fold(
+                        self.reductions[k], value[again, j], weight[again, j], rows.values[again, j], given[again, j]
                     )
+        value[is_first], weight[is_first] = rows.values[is_first], given[is_first]
+        self._value[cells], self._weight[cells] = value, weight
+        for m, j in np.argwhere(~finite).tolist():
+            self._note_nonfinite(int(rows.steps[m]), columns[j], rank, float(rows.values[m, j]))
 
     def _note_nonfinite(self, step: int, key: int, rank: int, value: float) -> None:
         entry = self._nonfinite.setdefault((step, key), _NonFinite())
@@ -410,11 +439,14 @@ class Panel:
         result = self._needed(steps, ranks)
         if not (result - present.sum(axis=0)).any():
             self._misses[:] = 0
+            self._is_everyone_expected = bool(self.expected.all())
             return result
+        self._is_everyone_expected = False
         full = np.zeros_like(self.expected)
         for s in range(len(slots)):
             full[:] = False
             full[self._ranks] = present[:, s]
+            self.expected |= full
             result[s] = self._needed(steps[s : s + 1], ranks)[0]
             if self._late[slots[s]]:
                 continue
@@ -449,3 +481,12 @@ class Panel:
             f"<Panel keys={len(self.key_ids)} ranks={len(self._rows)} open={self.num_open} "
             f"closed={len(self._closed)} stale={len(self.stale_steps)}>"
         )
+
+
+def _rounds(slots: I64) -> list[I64]:
+    """Split indices so that no slot comes twice in a part, the order within each slot kept."""
+    nth = np.zeros(len(slots), np.int64)
+    seen: dict[int, int] = {}
+    for index, slot in enumerate(slots.tolist()):
+        nth[index] = seen[slot] = seen.get(slot, -1) + 1
+    return [np.flatnonzero(nth == number) for number in range(int(nth.max()) + 1)]

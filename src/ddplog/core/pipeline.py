@@ -193,6 +193,8 @@ class _Attempt:
     number: int
     watermark: Watermark
     opened_unix_ns: int
+    closed_to: int = NOTHING_YET
+    """The watermark of the last tick."""
     holders: dict[int, Writer] = field(default_factory=dict)
     panels: list[Panel] = field(default_factory=list)
     home: dict[int, tuple[Panel, int]] = field(default_factory=dict)
@@ -393,14 +395,14 @@ class Pipeline:
         step = int(rows.steps.max())
         if writer.is_reduced:
             attempt = self.attempts[writer.attempt]
-            self._reduce(writer, attempt, rows, attempt.watermark.value(now_ns), now_ns)
+            self._reduce(writer, attempt, rows, max(attempt.closed_to, writer.step - 1), now_ns)
             attempt.watermark.advance(writer.info.rank, step, now_ns)
         writer.step = max(writer.step, step)
 
-    def _reduce(self, writer: Writer, attempt: _Attempt, rows: Rows, watermark: int, now_ns: int) -> None:
+    def _reduce(self, writer: Writer, attempt: _Attempt, rows: Rows, late_to: int, now_ns: int) -> None:
         for piece in self._layout(attempt, self._schema(writer, rows)):
             part = rows if piece.sources is None else rows.columns(piece.sources)
-            piece.panel.add(writer.info.rank, part, piece.columns, watermark, now_ns, self.num_entries)
+            piece.panel.add(writer.info.rank, part, piece.columns, late_to, now_ns, self.num_entries)
 
     def _schema(self, writer: Writer, rows: Rows) -> tuple[str, ...]:
         keys = writer.schemas.get(rows.schema_id)
@@ -647,7 +649,7 @@ class Pipeline:
         self._decide_end(now_ns, time_unix_ns)
 
     def _close(self, attempt: _Attempt, now_ns: int, time_unix_ns: int, *, at_once: bool = False) -> None:
-        watermark = attempt.watermark.value(now_ns)
+        watermark = attempt.closed_to = attempt.watermark.value(now_ns)
         ranks = RankStates(
             progress=attempt.watermark.progress,
             ended=attempt.watermark.ended,

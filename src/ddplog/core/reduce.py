@@ -140,7 +140,7 @@ def _last(x: F64, finite: Bool, times: I64, num_keys: int, selected: I64) -> F64
     """Take the finite value of the latest record; of the highest rank where two have the same time."""
     at = np.where(finite[:, selected], times[:, selected // num_keys], np.iinfo(np.int64).min)
     latest = at.shape[0] - 1 - at[::-1].argmax(axis=0)
-    return x[latest, selected]
+    return np.asarray(x[latest, selected])
 
 
 def _over_ranks(name: str, x: F64, x0: F64, finite: Bool) -> F64:
@@ -157,24 +157,24 @@ def _over_ranks(name: str, x: F64, x0: F64, finite: Bool) -> F64:
     return result
 
 
-def fold(name: str, old: float, old_weight: float, new: float, new_weight: float) -> tuple[float, float]:
-    """Fold a further value of one rank into what it logged before at the same step. Both are finite.
+def fold(name: str, old: F64, old_weight: F64, new: F64, new_weight: F64) -> tuple[F64, F64]:
+    """Fold further values of one rank into what it logged before at the same steps. All arrays [M], all finite.
 
     Returns:
-        The folded value and weight. sum, min, max, last and rss fold with themselves; every other reduction
+        The folded values and weights. sum, min, max, last and rss fold with themselves; every other reduction
         describes a distribution over ranks, so a rank's own values become their weighted mean.
     """
+    weight = old_weight + new_weight
     if name == "sum":
-        return old + new, old_weight + new_weight
+        return old + new, weight
     if name == "min":
-        return min(old, new), old_weight + new_weight
+        return np.minimum(old, new), weight
     if name == "max":
-        return max(old, new), old_weight + new_weight
+        return np.maximum(old, new), weight
     if name in ("last", "none"):
         return new, new_weight
     if name == "rss":
-        return float(np.hypot(old, new)), old_weight + new_weight
-    weight = old_weight + new_weight
-    if weight == 0:
-        return (old + new) / 2, 0.0
-    return (old * old_weight + new * new_weight) / weight, weight
+        return np.hypot(old, new), weight
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = (old * old_weight + new * new_weight) / weight
+    return np.where(weight > 0, mean, (old + new) / 2), weight

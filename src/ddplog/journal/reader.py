@@ -182,15 +182,14 @@ class JournalReader:
         if seq == self.next_seq and self._segment is not None:
             return
         for number in reversed(layout.segment_numbers(str(self.folder))):
-            segment = self._map(number)
-            if segment.first_seq <= seq or number == layout.segment_numbers(str(self.folder))[0]:
-                self._use(segment)
+            found = self._map(number)
+            if found.first_seq <= seq or number == layout.segment_numbers(str(self.folder))[0]:
+                self._use(found)
                 break
-            segment.close()
-        else:
-            return
+            found.close()
         segment = self._segment
-        assert segment is not None
+        if segment is None:
+            return
         if self.next_seq >= seq:
             return
         for offset, length in scan(segment.view, self._offset, segment.size, segment.epoch):

@@ -176,9 +176,8 @@ class Finale:
             self._console.print(summary(run))
 
     def _write_report(self, info: JobInfo) -> None:
-        from ddplog.view.report import write_report
-
         from ddplog.store.reader import open_run
+        from ddplog.view.report import write_report
 
         path = info.run_dir / "report.html"
         with open_run(info.run_dir) as run:

@@ -58,7 +58,7 @@ class RankStepTimes:
     """Seconds per step, by rank and step."""
 
     ranks: NDArray[np.int64]
-    """[R], ascending."""
+    """[R], ascending: those that have at least one step time."""
     steps: NDArray[np.int64]
     """[S], ascending: the step a step time leads up to."""
     seconds: NDArray[np.float64]
@@ -155,8 +155,9 @@ def _matrix(lives: dict[tuple[int, int, bytes], _Life]) -> RankStepTimes:
     if not labels:
         return EMPTY
     columns = np.array(sorted(labels), dtype=np.int64)
-    ranks = np.array(sorted({rank for _, rank, _ in found}), dtype=np.int64)
+    ranks = np.array(sorted({rank for (_, rank, _), (cells, _, _) in found.items() if len(cells)}), dtype=np.int64)
     seconds = np.full((len(ranks), len(columns)), np.nan)
     for (_, rank, _), (cells, _, took) in found.items():  # ascending by attempt: the highest stays
-        seconds[np.searchsorted(ranks, rank), np.searchsorted(columns, cells)] = took
+        if len(cells):
+            seconds[np.searchsorted(ranks, rank), np.searchsorted(columns, cells)] = took
     return RankStepTimes(ranks=ranks, steps=np.array([labels[cell] for cell in columns.tolist()]), seconds=seconds)

@@ -239,9 +239,11 @@ def _step_time_chart(times: RankStepTimes) -> _Chart:
     chart = _matrix_chart("step time per rank", times.ranks, times.steps, times.seconds, series.MAX_POINTS, unit=" s")
     means = np.nanmean(times.seconds, axis=1)  # every rank in it has at least one step time
     slow = int(times.ranks[np.nanargmax(means)])
+    apart = int(np.median(np.diff(times.steps))) if len(times) > 1 else 1
+    each = f" · each the mean over {apart} steps" if apart > 1 else ""
     chart.subtitle = (
         f"seconds between a rank's first records of successive steps · mean {seconds(float(np.nanmean(means)))} · "
-        f"slowest on average: rank {slow}, {seconds(float(np.nanmax(means)))}"
+        f"slowest on average: rank {slow}, {seconds(float(np.nanmax(means)))}{each}"
     )
     return chart
 

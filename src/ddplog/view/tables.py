@@ -176,7 +176,7 @@ def points_table(columns: MetricColumns | RankColumns, limit: int = 1000) -> Ren
             f"{one.n[0]}/{one.expected[0]}",
             _bad(one),
         )
-    return _with_rest(table, len(columns) - limit, "earlier points: ddplog export")
+    return _with_rest(table, len(columns) - limit, "before them; ddplog export has all")
 
 
 def _rank_points_table(columns: RankColumns, limit: int) -> RenderableType:
@@ -185,7 +185,7 @@ def _rank_points_table(columns: RankColumns, limit: int) -> RenderableType:
         table.add_row(
             *(str(column[i]) for column in (columns.step, columns.attempt, columns.rank)), number(columns.value[i])
         )
-    return _with_rest(table, len(columns) - limit, "earlier values: ddplog show --json")
+    return _with_rest(table, len(columns) - limit, "before them, in --json")
 
 
 def events_table(events: Iterable[Event]) -> RenderableType:

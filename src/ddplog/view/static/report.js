@@ -171,7 +171,7 @@
     } else {
       const y = showsMean ? data.mean : data.value;
       shown = [{ label: "value", y }, ...data.lines];
-      series.push({ label: "value", stroke: css("--accent"), width: 1.7, points: { show: x.length < 60, size: 5 } });
+      series.push({ label: "value", stroke: css("--accent"), width: x.length > 500 ? 1.1 : 1.7, points: { show: x.length < 60, size: 5 } });
       columns.push(y);
       data.lines.forEach((line, i) => {
         series.push({ label: line.label, stroke: colour(i + 1, data.lines.length + 2), width: 1.1, spanGaps: true, points: { show: false } });
