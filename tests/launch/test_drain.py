@@ -38,8 +38,15 @@ def ended():
 
 
 @pytest.fixture
-def aggregator(fake, patience, ended):
-    return Aggregator(fake.run_dir, lambda: bool(ended), patience, fake.connect)
+def revived():
+    return []
+
+
+@pytest.fixture
+def aggregator(fake, patience, ended, revived):
+    return Aggregator(
+        fake.run_dir, lambda: bool(ended), patience, fake.connect, lambda: revived.append(patience.clock_s)
+    )
 
 
 def wait(aggregator, fake, patience, limit_s=60.0, show=lambda drain, waited_s: None):
@@ -77,19 +84,21 @@ def test_the_request_names_every_failed_rank():
     assert (exited.exit_code, exited.message, exited.HasField("signal")) == (7, "ValueError: x", False)
 
 
-def test_an_aggregator_that_is_up_answers_at_once(aggregator, fake, patience):
+def test_an_aggregator_that_is_up_answers_at_once(aggregator, fake, patience, revived):
     assert aggregator.ask(lambda client: client.finish(make_request(FINISHED))).status == "finished"
-    assert patience.clock_s == 0
+    assert (patience.clock_s, revived) == (0, [])
     aggregator.close()
     aggregator.close()
     assert fake.num_open == 0
 
 
-def test_a_dead_aggregator_is_waited_for_until_the_agent_has_restarted_it(aggregator, fake, patience):
+def test_a_dead_aggregator_is_waited_for_until_the_agent_has_restarted_it(aggregator, fake, patience, revived):
+    """And the agent, which the ranks would have replaced, is replaced by us: they are gone."""
     fake.is_up = False
     patience.at(3.0, lambda: setattr(fake, "is_up", True))
     assert aggregator.ask(lambda client: client.status()) is not None
     assert 3 <= patience.clock_s < 4
+    assert revived[0] == 0
 
 
 def test_a_connection_that_breaks_is_made_again(aggregator, fake, patience):
@@ -110,12 +119,12 @@ def test_nobody_is_waited_for_longer_than_a_while(aggregator, fake, patience, te
     assert REACH_S <= patience.clock_s < REACH_S + 1
 
 
-def test_an_aggregator_that_said_goodbye_is_not_waited_for(aggregator, fake, patience, ended):
+def test_an_aggregator_that_said_goodbye_is_not_waited_for(aggregator, fake, patience, ended, revived):
     fake.leave()
     ended.append(True)
     assert aggregator.ask(lambda client: client.status()) is None
     assert aggregator.is_gone
-    assert patience.clock_s == 0
+    assert (patience.clock_s, revived) == (0, [])
 
 
 def test_a_run_that_ended_is_not_gone_while_its_aggregator_delivers(aggregator, ended):
@@ -142,7 +151,7 @@ def test_records_are_waited_for_without_any_sink(tmp_path, patience):
     fake = FakeAggregator(tmp_path / "r")
     fake.is_drained = False
     patience.at(2.0, lambda: setattr(fake, "is_drained", True))
-    aggregator = Aggregator(fake.run_dir, lambda: False, patience, fake.connect)
+    aggregator = Aggregator(fake.run_dir, lambda: False, patience, fake.connect, lambda: None)
     assert wait(aggregator, fake, patience).is_stored
     assert patience.clock_s >= 2
 

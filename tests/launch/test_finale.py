@@ -39,8 +39,15 @@ class Stage:
         console = Console(file=text, width=10_000)
         connect = self.fake.connect if self.fake else None
         options = {"has_summary": False, **options}
-        end = Finale(self.settings, outcome, console=console, patience=self.patience, connect=connect, **options)
-        end.end_job(JOB)
+        Finale(
+            self.settings,
+            outcome,
+            console=console,
+            patience=self.patience,
+            connect=connect,
+            revive=lambda folder: None,
+            **options,
+        ).end_job(JOB)
         return text.getvalue()
 
 

@@ -309,6 +309,11 @@ def _torn(path):
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def _read(folder):
+    with open_run(folder) as run:
+        return run.metrics(), run.num_points
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -323,9 +328,8 @@ def _torn(path):
 def test_what_is_not_a_store_is_refused_by_open_and_listed_by_ls(tmp_path, make):
     (tmp_path / "bad").mkdir()
     make(tmp_path / "bad" / "run.db")
-    with pytest.raises(DdplogError), open_run(tmp_path / "bad") as run:
-        run.metrics()
-        run.num_points  # noqa: B018
+    with pytest.raises(DdplogError):
+        _read(tmp_path / "bad")
     (listed,) = list_runs(tmp_path)
     assert (listed.run_id, listed.status) == ("bad", "unreadable")
     assert listed.detail

@@ -123,8 +123,7 @@ def test_on_a_terminal_q_leaves(keyboard):
             yield reply(3)
 
     screen = io.StringIO()
-    last = top.watch(replies(), Console(file=screen, force_terminal=True, width=150, height=50))
-    assert last is not None
+    top.watch(replies(), Console(file=screen, force_terminal=True, width=150, height=50))
     assert "\x1b[?1049l" in screen.getvalue()  # the screen was given back
 
 

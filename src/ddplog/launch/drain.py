@@ -118,15 +118,22 @@ class Aggregator:
         is_ended: Whether the store says how the run ended; with no control.json that is the aggregator's goodbye.
         patience: The clock, and the wish to stop.
         connect: Opens the control plane.
+        revive: Starts the node's agent unless it lives: the ranks, who did that so far, are gone.
     """
 
     def __init__(
-        self, run_dir: Path, is_ended: Callable[[], bool], patience: Patience, connect: Callable[[Path], Client]
+        self,
+        run_dir: Path,
+        is_ended: Callable[[], bool],
+        patience: Patience,
+        connect: Callable[[Path], Client],
+        revive: Callable[[], None],
     ) -> None:
         self._control = run_dir / "control.json"
         self._is_ended = is_ended
         self._patience = patience
         self._connect = connect
+        self._revive = revive
         self._client: Client | None = None
 
     def __repr__(self) -> str:
@@ -153,6 +160,7 @@ class Aggregator:
                 self.close()
             if self.is_gone or self._patience.is_cut or self._patience.now_s() >= deadline_s:
                 return None
+            self._revive()
             self._patience.wait(POLL_S)
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from ddplog.launch.drain import (
     make_request,
     wait_drained,
 )
+from ddplog.worker.election import ensure_agent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +83,7 @@ class Finale:
         console: Where to print; stderr.
         patience: The clock, and the wish to stop.
         connect: Opens the control plane; `ddplog.aggregator.control.connect` if None.
+        revive: Starts the agent of a job's folder unless it lives; `ddplog.worker.election.ensure_agent` if None.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Finale:
         console: Console | None = None,
         patience: Patience | None = None,
         connect: Callable[[Path], Client] | None = None,
+        revive: Callable[[Path], None] | None = None,
     ) -> None:
         self._settings = settings
         self._outcome = outcome
@@ -101,7 +104,8 @@ class Finale:
         self._has_summary = has_summary
         self._console = Console(stderr=True) if console is None else console
         self._patience = Patience() if patience is None else patience
-        self._connect = connect
+        self._connect = _connect if connect is None else connect
+        self._revive = ensure_agent if revive is None else revive
 
     def __repr__(self) -> str:
         return f"Finale({self._outcome.status}, {self._patience!r})"
@@ -137,7 +141,11 @@ class Finale:
 
     def _deliver(self, info: JobInfo, folder: Path) -> None:
         aggregator = Aggregator(
-            info.run_dir, lambda: _is_ended(info.run_dir), self._patience, self._connect or _connect
+            info.run_dir,
+            lambda: _is_ended(info.run_dir),
+            self._patience,
+            self._connect,
+            lambda: self._revive(folder),
         )
         try:
             request = make_request(self._outcome)
