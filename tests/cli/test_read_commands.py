@@ -48,7 +48,7 @@ def test_ls_as_json(runs):
     assert [(run["run_id"], run["status"]) for run in found] == [
         ("run-b", "finished"), ("run-a", "failed"), ("junk", "unreadable"),
     ]  # fmt: skip
-    assert found[1]["num_points"] == 26
+    assert found[1]["num_points"] == 31
     assert found[1]["started"].endswith("+00:00")
 
 
@@ -86,7 +86,7 @@ def test_a_wrong_name_says_what_is_near(runs):
 
 def test_show_as_json_is_strict_json(runs):
     found = json.loads(call("show", "run-a", "--json"), parse_constant=pytest.fail)
-    assert (found["status"], found["detail"], found["num_points"]) == ("failed", "why", 26)
+    assert (found["status"], found["detail"], found["num_points"]) == ("failed", "why", 31)
     loss = next(metric for metric in found["metrics"] if metric["key"] == "train/loss")
     assert (loss["num_points"], loss["last"]["step"], loss["last"]["value"]) == (13, 8, -8.0)
     assert [rank["signal"] for rank in found["ranks"]] == [None, 9, None, None]
@@ -119,7 +119,7 @@ def test_the_report_is_written_beside_the_run_or_where_asked(runs, tmp_path):
 def test_csv_has_every_point_of_every_attempt(runs):
     rows = list(csv.DictReader(io.StringIO(call("export", "run-a", "--format", "csv"))))
     assert list(rows[0]) == list(export.COLUMNS)
-    assert len(rows) == 26
+    assert len(rows) == 31
     loss = [(int(row["step"]), int(row["attempt"])) for row in rows if row["key"] == "train/loss"]
     assert loss == sorted(loss)
     assert len(loss) == 13
@@ -170,7 +170,7 @@ def test_parquet_flushes_row_groups(runs, tmp_path, monkeypatch):
     call("export", "run-a", "--format", "parquet", "-o", tmp_path / "g.parquet")
     file = parquet.ParquetFile(tmp_path / "g.parquet")
     assert file.num_row_groups > 1
-    assert file.metadata.num_rows == 26
+    assert file.metadata.num_rows == 31
     file.close()
 
 

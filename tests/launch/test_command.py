@@ -1,7 +1,6 @@
 """Any command as the job: exit codes, signals and streams pass through untouched."""
 
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -31,6 +30,21 @@ print("ready", flush=True)
 while True:
     time.sleep(30)
 """
+TERMINAL = """
+import os, pty, sys
+pid, terminal = pty.fork()
+if pid == 0:
+    os.execv(sys.argv[1], sys.argv[1:])
+seen = b""
+while b"ready" not in seen:
+    seen += os.read(terminal, 1024)
+os.write(terminal, b"\\x03")
+while b"killed|" not in seen:
+    seen += os.read(terminal, 1024)
+print(seen.decode())
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+"""Runs a command on a terminal and presses Ctrl-C. A process of its own: pytest has threads, and this forks."""
 
 
 def drive(*words, **options):
@@ -80,20 +94,13 @@ def test_signals_are_passed_on(name):
 def test_ctrl_c_on_a_terminal_is_not_passed_on():
     """The terminal sends it to the whole process group: passing it on would make two of it."""
     traced = "import subprocess; subprocess.Popen.send_signal = lambda *a: print('passed on', flush=True)\n" + DRIVER
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-c", traced, sys.executable, "-c", CHILD, "SIGINT", "5"])
-    seen = b""
-    while b"ready" not in seen:
-        seen += os.read(terminal, 1024)
-    os.write(terminal, b"\x03")
-    while b"killed|" not in seen:
-        seen += os.read(terminal, 1024)
-    _, status = os.waitpid(pid, 0)
-    os.close(terminal)
-    assert b"got 2" in seen
-    assert b"passed on" not in seen
-    assert os.waitstatus_to_exitcode(status) == 5
+    words = [sys.executable, "-c", traced, sys.executable, "-c", CHILD, "SIGINT", "5"]
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINAL, *words], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert "got 2" in done.stdout
+    assert "passed on" not in done.stdout
+    assert done.returncode == 5
 
 
 def test_what_nohup_ignores_stays_ignored():

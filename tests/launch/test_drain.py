@@ -184,12 +184,16 @@ def test_an_aggregator_that_ends_when_done_has_delivered(aggregator, fake, patie
     assert wait(aggregator, fake, patience) == Drain(is_stored=True, sinks=(SinkState(name="jsonl", state="drained"),))
 
 
-def test_an_aggregator_that_dies_while_we_wait_and_does_not_return_has_not_delivered(aggregator, fake, patience, ended):
-    ended.append(True)
+@pytest.mark.parametrize("has_end", [True, False])
+def test_what_an_aggregator_that_dies_and_does_not_return_has_done_is_in_the_files(
+    aggregator, fake, patience, ended, has_end
+):
+    """The store gets the run's end after the last record."""
+    ended.extend([True] * has_end)
     write_sink(fake.run_dir, "jsonl", "running", lag=2)
     patience.at(1.0, lambda: setattr(fake, "is_up", False))
     drain = wait(aggregator, fake, patience)
-    assert not drain.is_stored
+    assert drain.is_stored == has_end
     assert drain.behind[0].lag == 2
 
 

@@ -18,8 +18,9 @@ class TestJsonl(SinkContract):
         return JsonlSink()
 
     def scalars(self, folder):
-        points = {}
-        for line in read_jsonl(folder / "run-1.jsonl"):
+        points, lines = {}, read_jsonl(folder / "run-1.jsonl")
+        assert len({line["id"] for line in lines}) == len(lines), "a line is doubled"
+        for line in lines:
             if line["type"] == "point":
                 points[line["key"], line["attempt"], line["step"]] = line
         return [(p["key"], p["step"], _number(p["value"])) for p in points.values()]

@@ -107,7 +107,7 @@ def test_rank_metric_has_each_rank(run):
     assert found.step.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert found.rank.tolist() == [0, 1] * 5
     assert found.value[3] == 1.1
-    assert len(run.metric("per_rank")) == 0
+    assert len(run.rank_metric("train/loss")) == 0
 
 
 def test_rank_metric_prefers_the_highest_attempt(tmp_path):
@@ -124,8 +124,8 @@ def test_metrics_say_how_they_were_declared_and_what_is_newest(run):
     assert list(found) == sorted(found) == list(run.keys())
     assert found["tokens"].reduce == "sum"
     assert (found["train/loss"].num_points, found["train/loss"].last.step.tolist()) == (13, [8])
-    assert found["per_rank"].num_points == 10
-    assert len(found["per_rank"].last) == 0
+    assert found["per_rank"].reduce == "none"
+    assert found["per_rank"].num_points == 5
 
 
 def test_the_rest_comes_back(run):
@@ -143,8 +143,8 @@ def test_points_pages_by_id(run):
     rest = run.points(after_id=first[-1].id, limit=1000)
     ids = [point.id for point in first + rest]
     assert ids == sorted(set(ids))
-    assert len(ids) == run.num_points == 26
-    assert {point.key for point in first + rest} == set(run.keys()) - {"per_rank"}
+    assert len(ids) == run.num_points == 31
+    assert {point.key for point in first + rest} == set(run.keys())
 
 
 def test_sink_states_come_from_their_files(run):
@@ -343,5 +343,5 @@ def test_runs_are_listed_newest_first(tmp_path):
     (tmp_path / "file").write_text("")
     found = list_runs(tmp_path)
     assert [run.run_id for run in found] == ["b", "c", "a", "other"]
-    assert (found[1].world_size, found[1].num_points) == (2, 26)
+    assert (found[1].world_size, found[1].num_points) == (2, 31)
     assert list_runs(tmp_path / "nowhere") == []

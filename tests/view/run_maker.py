@@ -149,6 +149,8 @@ def typical(folder, **run):
     for rank in (0, 1):
         for step in range(5):
             maker.rank_point("per_rank", step, rank, rank + step / 10)
+    for step in range(5):  # the store reduces such keys all the same
+        maker.point("per_rank", step, 0.5 + step / 10)
     maker.param("lr", 0.1)
     maker.param(HOSTILE, HOSTILE)
     maker.text("note", HOSTILE, 3)

@@ -11,6 +11,8 @@ import fcntl
 import json
 import logging
 import os
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +33,12 @@ _IDLE_MS: Final = 20
 _BUSY_MS: Final = 0
 _DISCOVER_NS: Final = 100_000_000
 _RESTART_BACKOFF_NS: Final = (0, 100_000_000, 500_000_000, 1_000_000_000, 5_000_000_000)
+_STARTS_AFTER_PROGRESS: Final = 2
+"""How many starts count against an aggregator that acknowledged something in its life: it was killed, it is not broken,
+and waits 0.5 s at most. One that dies without an acknowledgement waits longer every time."""
+DONE: Final = "done"
+"""Marks a job folder from which everything has been acknowledged."""
+KEEP_DONE_S: Final = 3600.0
 _GIVE_UP_NS: Final = 600_000_000_000
 """How long an agent whose ranks are gone tries to reach an aggregator before it leaves the rest to `ddplog sync`."""
 
@@ -43,12 +51,13 @@ class Agent:
         self.job = job
         self.secret = load_secret(folder / "secret")
         self.node_id = str(job.node_rank)
-        self.shipper = Shipper(folder, job.run_id, self.node_id, int(job.settings["spool_bytes"]))
+        self.shipper = Shipper(folder, job.run_id, self.node_id, int(job.settings["spool_bytes"]) // 2)
         self.dealer: DealerEndpoint | None = None
         self.endpoint = ""
         self.num_joins = 0
         self.aggregator: subprocess.Popen[bytes] | None = None
         self.num_starts = 0
+        self.num_acked = 0
         self.started_ns = 0
         self.is_aggregator_done = False
         self.launcher = _pidfd(job.launcher_pid)
@@ -129,16 +138,22 @@ class Agent:
                 return
             self.aggregator = None
             if code == 0:
-                self.is_aggregator_done = self._is_over() and self.shipper.is_idle
+                self.is_aggregator_done = self.shipper.is_idle
                 _logger.info("the aggregator has finished")
             else:
                 _logger.warning("the aggregator ended with %d", code)
+                if self._num_acked() > self.num_acked:
+                    self.num_starts = min(self.num_starts, _STARTS_AFTER_PROGRESS)
+        if self.is_aggregator_done and not self.shipper.is_idle:
+            self.is_aggregator_done = False  # a rank has come back: torchrun restarted the group
+            self.num_starts = 0
         if self.is_aggregator_done or not self.shipper.has_rank_zero or self._adopted():
             return
         if now - self.started_ns < _RESTART_BACKOFF_NS[min(self.num_starts, len(_RESTART_BACKOFF_NS) - 1)]:
             return
         self.num_starts += 1
         self.started_ns = now
+        self.num_acked = self._num_acked()
         with (self.folder / "logs" / "aggregator.log").open("ab") as log:
             self.aggregator = subprocess.Popen(
                 command("ddplog.aggregator.process", str(self.folder)),
@@ -147,6 +162,9 @@ class Agent:
                 stderr=log,
                 start_new_session=True,
             )
+
+    def _num_acked(self) -> int:
+        return sum(tracked.acked_seq for tracked in self.shipper.tracked.values())
 
     def _adopted(self) -> bool:
         """Whether an aggregator that an earlier agent started still lives."""
@@ -191,8 +209,6 @@ def _pidfd(pid: int) -> int | None:
 
 
 def _lives(descriptor: int) -> bool:
-    import select
-
     readable, _, _ = select.select([descriptor], [], [], 0)
     return not readable
 
@@ -207,6 +223,7 @@ def main() -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return
+    _clean_up(folder.parent)
     agent = Agent(folder, read_job(folder))
     _logger.info("agent of run %s", agent.job.run_id)
     try:
@@ -214,7 +231,19 @@ def main() -> None:
     except Exception:
         _logger.exception("the agent failed; the next log() starts another one")
         raise
+    if agent.shipper.is_idle:
+        (folder / DONE).touch()
     _logger.info("done: %r", agent.shipper)
+
+
+def _clean_up(spool: Path) -> None:
+    """Delete job folders whose records were all acknowledged an hour ago: their store may need them no longer."""
+    for marker in spool.glob(f"*/{DONE}"):
+        try:
+            if time.time() - marker.stat().st_mtime > KEEP_DONE_S:
+                shutil.rmtree(marker.parent, ignore_errors=True)
+        except FileNotFoundError:
+            continue
 
 
 def _detach() -> None:

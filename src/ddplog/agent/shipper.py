@@ -8,8 +8,9 @@ bytes, time is an argument.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -39,12 +40,19 @@ class Tracked:
     acked_seq: int = 0
     in_flight: int = 0
     """Bytes sent and not acknowledged."""
+    unacked: deque[tuple[int, int]] = field(default_factory=deque)
+    """(next_seq, bytes) of the batches that are under way, oldest first."""
     sent_ns: int = 0
     bye_seq: int | None = None
     """Its length, once it is dead and read to the end."""
     is_done: bool = False
     """Dead, and all of it acknowledged."""
     synced_seq: int = 0
+
+    def forget(self) -> None:
+        """Nothing is under way any more."""
+        self.in_flight = 0
+        self.unacked.clear()
 
     @property
     def incarnation(self) -> bytes:
@@ -73,6 +81,8 @@ class Shipper:
         self._sync_ns = 0
         self._death_ns = 0
         self._turn = 0
+        self.has_more = False
+        """Whether the last round left records behind: send again at once."""
 
     # -- the node's ranks
 
@@ -117,7 +127,7 @@ class Shipper:
         """There is a connection, perhaps to another aggregator than before: begin with a Hello."""
         for tracked in self.tracked.values():
             tracked.is_welcome = False
-            tracked.in_flight = 0
+            tracked.forget()
         self._is_hello_due = True
 
     def receive(self, data: bytes, now_ns: int) -> None:
@@ -147,7 +157,7 @@ class Shipper:
         if next_seq != tracked.reader.next_seq or not tracked.is_welcome:
             tracked.reader.seek(next_seq)
         tracked.is_welcome = True
-        tracked.in_flight = 0
+        tracked.forget()
         tracked.is_done = False
         tracked.sent_ns = now_ns
         self._note_acked(tracked, next_seq)
@@ -158,8 +168,8 @@ class Shipper:
             return
         tracked.sent_ns = now_ns
         self._note_acked(tracked, next_seq)
-        if next_seq >= tracked.reader.next_seq:
-            tracked.in_flight = 0
+        while tracked.unacked and tracked.unacked[0][0] <= next_seq:
+            tracked.in_flight -= tracked.unacked.popleft()[1]
 
     def _note_acked(self, tracked: Tracked, next_seq: int) -> None:
         tracked.acked_seq = next_seq
@@ -180,11 +190,12 @@ class Shipper:
         ready = [tracked for tracked in self.tracked.values() if tracked.is_welcome and not tracked.is_done]
         total = sum(tracked.in_flight for tracked in ready)
         self._turn += 1
+        self.has_more = False
         for index in range(len(ready)):
             tracked = ready[(index + self._turn) % len(ready)]
             if tracked.in_flight and now_ns - tracked.sent_ns > RESEND_NS:
                 total -= tracked.in_flight
-                tracked.in_flight = 0
+                tracked.forget()
                 tracked.reader.seek(tracked.acked_seq)
             if total >= WINDOW_BYTES:
                 continue
@@ -192,6 +203,8 @@ class Shipper:
             chunk = tracked.reader.read(BATCH_BYTES)
             if chunk is not None:
                 tracked.in_flight += len(chunk.payload)
+                tracked.unacked.append((tracked.reader.next_seq, len(chunk.payload)))
+                self.has_more |= len(chunk.payload) >= BATCH_BYTES
                 total += len(chunk.payload)
                 tracked.sent_ns = now_ns
                 yield codec.encode_batch(
@@ -199,19 +212,18 @@ class Shipper:
                 )
             elif not was_alive and tracked.bye_seq is None:
                 tracked.bye_seq = tracked.reader.next_seq
+                yield self._heartbeat(is_over=False)  # its last drops, before the run may close
                 yield codec.encode_bye(tracked.incarnation, tracked.bye_seq, finished=tracked.reader.has_finished)
                 self._note_acked(tracked, tracked.acked_seq)
-
-    @property
-    def has_more(self) -> bool:
-        """Whether a writer is far from read to its end: send again at once."""
-        return any(tracked.in_flight >= BATCH_BYTES // 2 for tracked in self.tracked.values())
 
     def heartbeat(self, now_ns: int, *, is_over: bool) -> bytes | None:
         """Return a Heartbeat if one is due."""
         if now_ns - self._heartbeat_ns < HEARTBEAT_NS:
             return None
         self._heartbeat_ns = now_ns
+        return self._heartbeat(is_over=is_over)
+
+    def _heartbeat(self, *, is_over: bool) -> bytes:
         progress = []
         for tracked in self.tracked.values():
             reader = tracked.reader

@@ -119,6 +119,8 @@ class Aggregator:
             if self._is_stopping or (self.pipeline.is_closed and self.forwarders.have_ended):
                 break
         self.close()
+        if self._is_stopping and not self.pipeline.is_closed:
+            sys.exit(128 + signal.SIGTERM)
 
     def _is_commit_due(self, now: int) -> bool:
         return now - self._committed_ns >= _COMMIT_NS or self._pending_bytes >= _COMMIT_BYTES

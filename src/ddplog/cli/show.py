@@ -37,9 +37,9 @@ def command(run: str, folder: str | None, as_json: bool, key: str | None) -> Non
 def _show_metric(run: Run, key: str, *, as_json: bool) -> None:
     from ddplog.view import tables
 
-    columns: MetricColumns | RankColumns = run.metric(key)
+    columns: MetricColumns | RankColumns = run.rank_metric(key)  # empty unless declared with reduce="none"
     if not len(columns):
-        columns = run.rank_metric(key)
+        columns = run.metric(key)
     if as_json:
         output.show_json(_rows(columns))
     else:

@@ -222,6 +222,8 @@ class Restored(NamedTuple):
     emitted_to: Mapping[tuple[int, int], int]
     """(attempt, key_id) -> largest step emitted."""
     definitions: Sequence[tuple[str, str, bool]]
+    verdict: tuple[str, str] | None
+    """(status, detail) if the run had ended; it stands until a new writer comes."""
 
 
 class Pipeline:
@@ -373,6 +375,7 @@ class Pipeline:
         count, items = split(payload, writer.next_seq)
         if count + decision.skip != num_records:
             raise ValueError(f"{count + decision.skip} records in a batch of {num_records}")
+        _check_schemas(writer, items)
         for item in items:
             if isinstance(item, Record):
                 self._message(writer, item, time_unix_ns)
@@ -400,15 +403,9 @@ class Pipeline:
         writer.step = max(writer.step, step)
 
     def _reduce(self, writer: Writer, attempt: _Attempt, rows: Rows, late_to: int, now_ns: int) -> None:
-        for piece in self._layout(attempt, self._schema(writer, rows)):
+        for piece in self._layout(attempt, writer.schemas[rows.schema_id]):
             part = rows if piece.sources is None else rows.columns(piece.sources)
             piece.panel.add(writer.info.rank, part, piece.columns, late_to, now_ns, self.num_entries)
-
-    def _schema(self, writer: Writer, rows: Rows) -> tuple[str, ...]:
-        keys = writer.schemas.get(rows.schema_id)
-        if keys is None or len(keys) != rows.values.shape[1]:
-            raise ValueError(f"writer {writer.writer_id}: schema {rows.schema_id} is not that of these records")
-        return keys
 
     def _layout(self, attempt: _Attempt, keys: tuple[str, ...]) -> tuple[_Piece, ...]:
         layout = attempt.layouts.get(keys)
@@ -479,8 +476,16 @@ class Pipeline:
             self._effects.schemas.append((writer.writer_id, int(message["id"]), keys))
             return
         step = None if record.step == NO_STEP else record.step
-        at = record.time_unix_ns
         kind = message.get("type")
+        try:
+            self._take_message(writer, kind, message, record, step)
+        except (KeyError, TypeError, AttributeError) as exc:
+            self._event(writer, time_unix_ns, "unknown_message", "warning", f"a malformed {kind!r} record: {exc!r}")
+
+    def _take_message(
+        self, writer: Writer, kind: Any, message: Mapping[str, Any], record: Record, step: int | None
+    ) -> None:
+        at = record.time_unix_ns
         if kind == "define":
             self._define(str(message["pattern"]), str(message["reduce"]), bool(message["replicated"]), writer, at)
         elif kind == "params":
@@ -499,7 +504,7 @@ class Pipeline:
             writer.last_seq = record.seq + 1
             writer.ended_unix_ns = at
         else:
-            self._event(writer, time_unix_ns, "unknown_message", "warning", f"a record of unknown type {kind!r}")
+            self._event(writer, at, "unknown_message", "warning", f"a record of unknown type {kind!r}")
 
     def _define(self, pattern: str, reduce: str, replicated: bool, writer: Writer, time_unix_ns: int) -> None:
         known = next((entry for entry in self.definitions if entry[0] == pattern), None)
@@ -627,9 +632,8 @@ class Pipeline:
             return
         writer = candidates[-1]
         writer.exit_code, writer.signal = exit_code, signal
-        writer.detail = message or writer.detail
-        if writer.state == "running":
-            self._event(writer, time_unix_ns, "exit", "error", f"rank {rank}: {message}")
+        writer.detail = message or (f"signal {signal}" if signal else f"exit code {exit_code}")
+        self._event(writer, time_unix_ns, "exit", "error", f"rank {rank}: {writer.detail}")
         self._effects.writers[writer.writer_id] = writer
 
     def finish(self, status: str, detail: str, now_ns: int) -> None:
@@ -731,6 +735,8 @@ class Pipeline:
         self.definitions = list(restored.definitions)
         self.params = {name: (value, -1) for name, value in restored.params.items()}
         self._emitted_to = dict(restored.emitted_to)
+        self.verdict = restored.verdict
+        self.is_closed = restored.verdict is not None
         for attempt_row in restored.attempts:
             self.attempts[attempt_row.attempt] = _Attempt(
                 number=attempt_row.attempt,
@@ -787,7 +793,7 @@ class Pipeline:
             for item in split(payload, first_seq)[1]:
                 if isinstance(item, Record):
                     continue
-                keys = self._schema(writer, item)
+                keys = writer.schemas[item.schema_id]
                 sources = [index for index, name in enumerate(keys) if name in columns]
                 part = item if steps is None else item.where(np.isin(item.steps, steps))
                 if sources and len(part.steps):
@@ -820,3 +826,17 @@ class Pipeline:
             f"<Pipeline attempt={self.attempt} writers={len(self.writers)} ended={ended} keys={len(self.keys)} "
             f"values={self.num_values} verdict={self.verdict}>"
         )
+
+
+def _check_schemas(writer: Writer, items: Iterable[Rows | Record]) -> None:
+    """Raise ValueError unless every run of scalars fits a schema that came before it."""
+    known = {schema_id: len(keys) for schema_id, keys in writer.schemas.items()}
+    for item in items:
+        if isinstance(item, Rows):
+            if known.get(item.schema_id) != item.values.shape[1]:
+                raise ValueError(f"writer {writer.writer_id}: schema {item.schema_id} is not that of these records")
+        elif item.kind == KIND_SCHEMA:
+            message = item.message or {}
+            if not isinstance(message.get("keys"), list) or not isinstance(message.get("id"), int):
+                raise ValueError(f"writer {writer.writer_id}: a malformed schema record")
+            known[message["id"]] = len(message["keys"])

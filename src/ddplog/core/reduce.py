@@ -128,9 +128,10 @@ def reduce_block(values: F64, weights: F64, present: Bool, times: I64, ranks: I6
 def ordered_sum(x: F64) -> F64:
     """Sum [R, M] over axis 0, one row after the other.
 
-    numpy adds whole rows in order as long as a row has more than one element; a single column it would sum
-    pairwise, with other rounding, so that the same point would depend on how many were reduced together.
+    numpy adds whole rows in order as long as rows are contiguous and have more than one element; otherwise it sums
+    columns pairwise, with other rounding, so that a point would depend on how many were reduced together.
     """
+    x = np.ascontiguousarray(x)  # x[:, index] is laid out column by column
     if x.shape[1] == 1:
         return np.asarray(np.add.accumulate(x, axis=0)[-1])
     return np.asarray(np.add.reduce(x, axis=0))

@@ -97,15 +97,17 @@ class Ledger:
         path = self.folder / "cursor.json"
         try:
             raw = json.loads(path.read_bytes())
-            if raw["format"] != FORMAT:
-                raise PermanentSinkError(f"{path}: format {raw['format']!r}; this ddplog knows {FORMAT}")
-            return Cursor(
+            found = raw["format"]
+            cursor = Cursor(
                 cursor=int(raw["cursor"]), position=raw["position"], store_uuid=str(raw.get("store_uuid", ""))
             )
         except FileNotFoundError:
             return Cursor()
         except (ValueError, KeyError, TypeError) as exc:
             raise PermanentSinkError(f"{path}: not a cursor ({exc!r}); without it everything is sent again") from exc
+        if found != FORMAT:
+            raise PermanentSinkError(f"{path}: format {found!r}; this ddplog knows {FORMAT}")
+        return cursor
 
     def write_cursor(self, cursor: Cursor) -> None:
         """Replace the cursor; durable on return."""

@@ -6,6 +6,7 @@ of its last segment is a torn tail: never accepted, since its log() had not retu
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
@@ -208,24 +209,26 @@ class JournalReader:
                 os.close(descriptor)
 
     def trim(self, acked_seq: int, keep_bytes: int) -> int:
-        """Delete the oldest segments that are wholly acknowledged, beyond `keep_bytes` of such segments.
+        """Delete the oldest segments that are wholly acknowledged while `keep_bytes` of journal remain.
 
         Returns:
             Number of deleted segments.
         """
         numbers = layout.segment_numbers(str(self.folder))
-        kept = deleted = 0
-        for number, following in reversed(list(zip(numbers, numbers[1:], strict=False))):
-            path = self.folder / layout.segment_name(number)
-            with (self.folder / layout.segment_name(following)).open("rb") as file:
-                next_first = layout.SEGMENT_HEADER.unpack(file.read(layout.SEGMENT_HEADER.size))[4]
-            if next_first > acked_seq:
-                continue
-            kept += path.stat().st_size
-            if kept > keep_bytes:
-                path.unlink()
-                deleted += 1
+        sizes = {number: (self.folder / layout.segment_name(number)).stat().st_size for number in numbers}
+        total = sum(sizes.values())
+        deleted = 0
+        for number, following in itertools.pairwise(numbers):
+            if total - sizes[number] < keep_bytes or self._first_seq(following) > acked_seq:
+                break
+            (self.folder / layout.segment_name(number)).unlink()
+            total -= sizes[number]
+            deleted += 1
         return deleted
+
+    def _first_seq(self, number: int) -> int:
+        with (self.folder / layout.segment_name(number)).open("rb") as file:
+            return int(layout.SEGMENT_HEADER.unpack(file.read(layout.SEGMENT_HEADER.size))[4])
 
     def close(self) -> None:
         """Close the files; the journal stays."""

@@ -142,7 +142,12 @@ class Aggregator:
     @property
     def is_gone(self) -> bool:
         """Whether it has ended by itself, which it does when everything is stored and delivered."""
-        return not self._control.exists() and self._is_ended()
+        return not self._control.exists() and self.is_ended
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the store has the run's end, which it gets after the last record."""
+        return self._is_ended()
 
     def ask(self, question: Callable[[Client], Reply]) -> Reply | None:
         """Ask it something, waiting for one that is being started again.
@@ -209,7 +214,7 @@ def wait_drained(
     while True:
         reply = aggregator.ask(lambda client: client.status())
         if reply is None:
-            return Drain(is_stored=aggregator.is_gone, sinks=read_sinks(run_dir))
+            return Drain(is_stored=aggregator.is_ended, sinks=read_sinks(run_dir))
         drain = read_reply(reply)
         waited_s = patience.now_s() - start_s
         if drain.is_over or patience.is_cut or waited_s >= limit_s:

@@ -172,7 +172,10 @@ class Finale:
         phrases = describe_behind(info, drain)
         if phrases:
             command = shlex.join(["ddplog", "sync", str(info.run_dir)])
-            self._warn(f"not up to date: {'; '.join(phrases)}. To deliver the rest: {command}")
+            self._warn(
+                f"not up to date: {'; '.join(phrases)}. The helpers go on in the background; "
+                f"to deliver what they could not: {command}"
+            )
 
     def _print_summary(self, info: JobInfo) -> None:
         if self._is_quiet:

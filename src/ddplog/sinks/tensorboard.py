@@ -238,7 +238,7 @@ def _read_state(file: OwnedFile) -> tuple[dict[str, Series], int]:
     series: dict[str, Series] = {}
     attempt = -1
     for event in _events(file):
-        if event.HasField("session_log"):
+        if event.session_log.msg.startswith(_ATTEMPT):
             attempt = int(event.session_log.msg.removeprefix(_ATTEMPT))
         for value in event.summary.value:
             series[value.tag] = (attempt, event.step)
@@ -252,6 +252,8 @@ def _events(file: OwnedFile) -> Iterator[Any]:
         with file.path.open("rb") as stream:
             while stream.tell() < file.num_bytes:
                 (length,) = _LENGTH.unpack(stream.read(12)[:8])
+                if length > file.num_bytes - stream.tell():
+                    raise ValueError(f"an event of {length} bytes")
                 yield event_pb2.Event.FromString(stream.read(length))
                 stream.seek(4, io.SEEK_CUR)
     except (struct.error, ValueError, DecodeError) as exc:

@@ -441,14 +441,26 @@ class Run:
             UnknownMetricError: Naming close matches.
         """
         key_id = self._key_id(key)
-        best: dict[tuple[int, int], Sequence[Any]] = {}
+        pages = []
         after = (-(1 << 63), -1, -1)
         while rows := self._rows(_RANK_POINTS_PAGE, (key_id, *after, PAGE_ROWS)):
             after = tuple(rows[-1][:3])
-            best.update(((row[0], row[1]), row) for row in rows if attempt in (None, row[2]))
-        step, rank, attempts, value, times = zip(*best.values(), strict=True) if best else ((),) * 5
+            step, rank, attempts, value, times = zip(*rows, strict=True)
+            pages.append((_ints(step), _ints(rank), _ints(attempts), _floats(value), _ints(times)))
+        columns: list[NDArray[Any]] = [np.concatenate(column) for column in zip(*pages, strict=True)] if pages else []
+        columns = columns or [_ints(())] * 5
+        if attempt is not None:
+            columns = [column[columns[2] == attempt] for column in columns]
+        # Sorted by step, rank and attempt: the last of each step and rank is the highest attempt's.
+        is_last = np.ones(len(columns[0]), dtype=bool)
+        is_last[:-1] = (np.diff(columns[0]) != 0) | (np.diff(columns[1]) != 0)
+        columns = [column[is_last] for column in columns]
         return RankColumns(
-            step=_ints(step), rank=_ints(rank), value=_floats(value), attempt=_ints(attempts), time_unix_ns=_ints(times)
+            step=columns[0],
+            rank=columns[1],
+            attempt=columns[2],
+            value=columns[3].astype(np.float64),
+            time_unix_ns=columns[4],
         )
 
     def metrics(self) -> tuple[Metric, ...]:

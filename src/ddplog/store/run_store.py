@@ -110,7 +110,9 @@ class RunStore:
                 "ORDER BY writer_id"
             ).fetchall()
         ]
+        status = self.status
         return Restored(
+            verdict=None if status["status"] == "running" else (status["status"], status["detail"]),
             writers=writers,
             attempts=attempts,
             keys=[

@@ -104,10 +104,10 @@ POINT_FIELDS: Final = (
 """Columns of points and superseded, in order."""
 
 # Keys of `meta`. Values are JSON.
-META_FORMAT: Final = "format"            # FORMAT_VERSION
-META_RUN: Final = "run"                  # {"run_id", "project", "name", "tags", "config", "created_unix_ns", "sinks"}
-META_STORE_UUID: Final = "store_uuid"    # hex
-META_NEXT_ID: Final = "next_id"          # the next emission id
-META_STATUS: Final = "status"            # {"status", "detail", "ended_unix_ns"}
-META_RANK_LOG: Final = "rank_log"        # {"end": [file_no, offset], "replay_from": [file_no, offset]}
-META_WATERMARK: Final = "watermark"      # {attempt: step}
+META_FORMAT: Final = "format"  # FORMAT_VERSION
+META_RUN: Final = "run"  # {"run_id", "project", "name", "tags", "config", "created_unix_ns", "sinks"}
+META_STORE_UUID: Final = "store_uuid"  # hex
+META_NEXT_ID: Final = "next_id"  # the next emission id
+META_STATUS: Final = "status"  # {"status", "detail", "ended_unix_ns"}
+META_RANK_LOG: Final = "rank_log"  # {"end": [file_no, offset], "replay_from": [file_no, offset]}
+META_WATERMARK: Final = "watermark"  # {attempt: step}

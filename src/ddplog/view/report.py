@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 MAX_LINES: Final = 16
 """More ranks than this are drawn as a band with the most extreme ones, not one line each."""
 
+MAX_RANK_VALUES: Final = 5_000_000
+"""A key kept per rank with more values than this is drawn as any other: mean and band."""
+
 MAX_MARKS: Final = 200
 MAX_TABLE_ROWS: Final = 2000
 _SCALED: Final = ("sum", "rss", "std")
@@ -157,17 +160,20 @@ def _collect(run: Run, metrics: Sequence[Metric], on_progress: Callable[[int, in
     max_points = series.points_per_series(len(metrics))
     has_attempts = len(run.attempts) > 1
     start_ns = int(run.created.timestamp() * 1e9)
+    world_size = max((attempt.world_size for attempt in run.attempts), default=1)
     for i, metric in enumerate(sorted(metrics, key=lambda m: interest(m.key))):
         columns = run.metric(metric.key)
-        if len(columns):
+        is_small = metric.num_points * world_size <= MAX_RANK_VALUES
+        if metric.reduce == "none" and is_small and len(values := run.rank_metric(metric.key)):
+            found.charts.append(_rank_chart(metric.key, values, max_points))
+        elif len(columns):
             found.charts.append(_metric_chart(metric, columns, max_points, start_ns, has_attempts=has_attempts))
-            found.extremes.append(series.Extremes(metric.key, columns))
             found.num_thinned += found.charts[-1].length < len(columns)
+        if len(columns):
+            found.extremes.append(series.Extremes(metric.key, columns))
             for attempt in np.unique(columns.attempt).tolist():
                 first = int(columns.step[columns.attempt == attempt].min())
                 found.first_steps[attempt] = min(first, found.first_steps.get(attempt, first))
-        elif metric.reduce == "none" and len(values := run.rank_metric(metric.key)):
-            found.charts.append(_rank_chart(metric.key, values, max_points))
         if on_progress is not None:
             on_progress(i + 1, len(metrics))
     return found

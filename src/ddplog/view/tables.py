@@ -6,6 +6,7 @@ Everything a user or a rank named is escaped: a metric called ESC[2J must not cl
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Final
@@ -30,6 +31,9 @@ MAX_RANKS: Final = 64
 MAX_METRICS: Final = 100
 MAX_EVENTS: Final = 20
 MAX_SUMMARY_METRICS: Final = 12
+_FOLDER_HASH: Final = re.compile(r"-[0-9a-f]{8}$")
+"""What a sink with a target has behind its name in its folder's."""
+
 _BAD_STATES: Final = ("died", "failed")
 
 
@@ -244,7 +248,7 @@ def sinks_table(run: Run) -> RenderableType | None:
 
 def _sink_states(run: Run) -> Sequence[SinkState]:
     found = run.sink_states()
-    silent = {spec.partition("://")[0] for spec in run.sinks} - {state.name.partition("-")[0] for state in found}
+    silent = {spec.partition("://")[0] for spec in run.sinks} - {_FOLDER_HASH.sub("", state.name) for state in found}
     return (
         *found,
         *(

@@ -205,7 +205,7 @@ def _heading(reply: StatusReply) -> RenderableType:
     if reply.started_unix_ns and reply.time_unix_ns > reply.started_unix_ns:
         facts.append(seconds((reply.time_unix_ns - reply.started_unix_ns) / 1e9))
     facts.append(f"{reply.world_size} ranks")
-    if reply.attempt > 1:
+    if reply.attempt > 0:
         facts.append(f"attempt {reply.attempt}")
     if reply.HasField("watermark"):
         facts.append(f"watermark {count(reply.watermark)}")

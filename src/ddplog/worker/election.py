@@ -57,7 +57,7 @@ def _spawn(folder: Path) -> None:
     log = folder / "logs" / "agent.log"
     script = 'exec 0</dev/null 1>>"$1" 2>&1; shift; "$@" &'
     arguments = ["/bin/sh", "-c", script, "ddplog", str(log), *command("ddplog.agent.process", str(folder))]
-    pid = os.posix_spawn("/bin/sh", arguments, os.environ)
+    pid = os.posix_spawn("/bin/sh", arguments, os.environ, setsid=True)  # torchrun kills its ranks' process groups
     try:
         os.waitpid(pid, 0)
     except ChildProcessError:

@@ -23,6 +23,8 @@ from ddplog.worker.scalars import BadValueError, as_float, as_int, flatten
 _logger = logging.getLogger("ddplog")
 _LEVELS: Final = ("info", "warning", "error")
 _STATUSES: Final = ("finished", "failed", "killed", "preempted")
+_MAX_KEYS_PER_RECORD: Final = 512
+"""So that the record that declares them, 250 bytes a name at most, is well below the limit of a record."""
 _REDUCTIONS: Final = ("mean", "sum", "min", "max", "last", "std", "median", "rss", "none")
 
 
@@ -160,7 +162,9 @@ class Run:
                 BadValueError("bad_weight", f"weight={weight!r} must be a finite number, 0 or more; 1 is taken")
             )
             factor = 1.0
-        self._journal.append_scalars(names, values, number_of_step, factor)
+        for start in range(0, len(names), _MAX_KEYS_PER_RECORD):
+            part = slice(start, start + _MAX_KEYS_PER_RECORD)
+            self._journal.append_scalars(names[part], values[part], number_of_step, factor)
 
     def _admit_key(self, key: str) -> None:
         if key in self._keys:

@@ -1,0 +1,401 @@
+"""Writers, attempts, how the run ends; and the whole of it against a naive model."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddplog.core.dedup import Accept, Duplicate, Gap
+from ddplog.core.pipeline import Options, Pipeline, WriterInfo
+from ddplog.core.records import KIND_MESSAGE, KIND_SCHEMA, NO_STEP, encode_message, encode_scalars
+
+OPTIONS = Options(grace_ns=10_000, late_ns=500, settle_ns=100, max_keys=100)
+
+
+class Rank:
+    """A writer's journal, as far as a pipeline can see it."""
+
+    def __init__(self, rank, world, life=0, node="0"):
+        self.incarnation = bytes([rank, life]) + bytes(14)
+        self.rank, self.world, self.node, self.life = rank, world, node, life
+        self.records = []
+        self.schemas = {}
+
+    def info(self, is_alive=True):
+        return WriterInfo(
+            incarnation=self.incarnation,
+            rank=self.rank,
+            world_size=self.world,
+            local_rank=self.rank,
+            node_rank=0,
+            node_id=self.node,
+            host="h",
+            pid=100 + self.rank + 50 * self.life,
+            boot_id="b",
+            started_unix_ns=self.life,
+            is_alive=is_alive,
+        )
+
+    def log(self, step, weight=1.0, **values):
+        keys = tuple(values)
+        if keys not in self.schemas:
+            self.schemas[keys] = len(self.schemas) + 1
+            message = {"id": self.schemas[keys], "keys": keys}
+            self.records.append(encode_message(KIND_SCHEMA, len(self.records), NO_STEP, 1, message, 0))
+        record = encode_scalars(
+            self.schemas[keys], len(self.records), step, 10, weight, [float(v) for v in values.values()], 0
+        )
+        self.records.append(record)
+        return self
+
+    def say(self, **message):
+        self.records.append(encode_message(KIND_MESSAGE, len(self.records), NO_STEP, 20, message, 0))
+        return self
+
+
+class Harness:
+    def __init__(self, *ranks, options=OPTIONS):
+        self.pipeline = Pipeline(options)
+        self.now = 0
+        self.points, self.events, self.statuses = {}, [], []
+        self.log_entries = []
+        self.hello(*ranks)
+
+    def hello(self, *ranks, is_alive=True):
+        return self.pipeline.hello([rank.info(is_alive) for rank in ranks], self.now, 1)
+
+    def send(self, rank, first=None, last=None):
+        writer = self.pipeline.writers[rank.incarnation]
+        first = writer.next_seq if first is None else first
+        last = len(rank.records) if last is None else last
+        if first == last:
+            return None
+        payload = b"".join(rank.records[first:last])
+        return self.pipeline.batch(rank.incarnation, first, last - first, payload, self.now, 1)
+
+    def end(self, rank):
+        self.send(rank)
+        self.pipeline.bye(rank.incarnation, len(rank.records), self.now, 1)
+
+    def tick(self, ns=0):
+        self.now += ns
+        self.pipeline.tick(self.now, 1)
+        effects = self.pipeline.take()
+        for stale in self.pipeline.take_stale(self.now, at_once=self.pipeline.is_closed):
+            entries = [(e.writer_id, e.first_seq, e.payload) for e in (*self.log_entries, *effects.log)]
+            emission = self.pipeline.derive(stale, entries)
+            if emission is not None:
+                effects.emissions.append((stale.attempt, emission))
+        self.log_entries += effects.log
+        self.events += effects.events
+        self.statuses += [effects.status] if effects.status else []
+        for attempt, emission in effects.emissions:
+            for s, step in enumerate(emission.steps.tolist()):
+                for k, key_id in enumerate(emission.key_ids):
+                    if emission.block.n[s, k]:
+                        key = (self.pipeline.names[key_id], step, attempt)
+                        point = (float(emission.value[s, k]), int(emission.block.n[s, k]))
+                        self.points.setdefault(key, []).append(point)
+        return effects
+
+    def kinds(self):
+        return [event.kind for event in self.events]
+
+
+def test_ranks_become_one_point():
+    a, b = Rank(0, 2).log(0, loss=1.0), Rank(1, 2).log(0, loss=5.0, weight=3.0)
+    h = Harness(a, b)
+    h.send(a)
+    h.send(b)
+    h.tick()
+    h.tick(100)
+
+    assert h.points == {("loss", 0, 0): [(4.0, 2)]}
+
+
+def test_a_batch_that_comes_again_is_acknowledged_and_not_taken():
+    a = Rank(0, 1).log(0, x=1.0).log(1, x=2.0)
+    h = Harness(a)
+
+    assert h.send(a) == Accept(skip=0)
+    assert h.send(a, first=0) == Duplicate()
+    a.log(2, x=3.0)
+    assert h.send(a, first=1) == Accept(skip=2)
+    h.end(a)
+    h.pipeline.node("0", True, 0)
+    h.tick()
+    assert [h.points["x", s, 0] for s in range(3)] == [[(1.0, 1)], [(2.0, 1)], [(3.0, 1)]]
+    assert [(e.first_seq, e.num_records) for e in h.log_entries] == [(0, 3), (3, 1)]
+
+
+def test_a_gap_is_refused_and_an_unknown_writer_too():
+    a = Rank(0, 1).log(0, x=1.0).log(1, x=2.0)
+    h = Harness(a)
+
+    assert h.send(a, first=1) == Gap(next_seq=0)
+    assert h.pipeline.batch(b"?" * 16, 0, 1, a.records[0], 0, 0) is None
+
+
+def test_a_malformed_batch_changes_nothing():
+    a = Rank(0, 1).log(0, x=1.0)
+    h = Harness(a)
+    payload = b"".join(a.records)
+
+    with pytest.raises(ValueError, match="records in a batch"):
+        h.pipeline.batch(a.incarnation, 0, 3, payload, 0, 0)
+    with pytest.raises(ValueError, match="is not that of these records"):
+        h.pipeline.batch(a.incarnation, 0, 1, encode_scalars(7, 0, 0, 0, 1.0, [1.0], 0), 0, 0)
+    assert h.pipeline.writers[a.incarnation].next_seq == 0
+    assert h.send(a) == Accept(skip=0)
+
+
+def test_a_rank_that_ends_without_a_word_has_died():
+    a = Rank(0, 1).log(0, x=1.0)
+    h = Harness(a)
+    h.end(a)
+    h.pipeline.node("0", True, 0)
+    h.tick()
+
+    assert h.kinds() == ["death"]
+    assert h.statuses == [("failed", "rank 0: died, code unknown")]
+
+
+def test_ranks_that_say_finish_make_the_run_finished_once_their_node_is_over():
+    a, b = Rank(0, 2).log(0, x=1.0).say(type="finish", status="finished"), Rank(1, 2)
+    b.say(type="finish", status="finished")
+    h = Harness(a, b)
+    h.send(a)
+    h.send(b)
+    h.tick()
+    assert h.statuses == []
+    h.pipeline.node("0", True, 0)
+    h.tick()
+    assert h.statuses == [("finished", "")]
+
+
+def test_an_exception_in_a_rank_is_the_cause():
+    a = Rank(0, 1).say(type="finish", status="failed", detail="ValueError: no")
+    h = Harness(a)
+    h.send(a)
+    h.pipeline.node("0", True, 0)
+    h.tick()
+
+    assert h.statuses == [("failed", "rank 0: ValueError: no")]
+
+
+def test_the_launchers_verdict_waits_for_the_last_record():
+    a = Rank(0, 1).log(0, x=1.0)
+    h = Harness(a)
+    h.pipeline.rank_exit(0, 100, None, 9, "signal 9 (SIGKILL)", 1)
+    h.pipeline.finish("failed", "rank 0: signal 9 (SIGKILL)", 0)
+    h.tick()
+    assert h.statuses == []
+    h.end(a)
+    h.tick()
+    assert h.statuses == [("failed", "rank 0: signal 9 (SIGKILL)")]
+    assert h.pipeline.writers[a.incarnation].detail == "signal 9 (SIGKILL)"
+    assert h.points["x", 0, 0] == [(1.0, 1)]
+
+
+def test_the_launchers_verdict_does_not_wait_for_ever():
+    a = Rank(0, 1).log(0, x=1.0)
+    h = Harness(a)
+    h.pipeline.finish("killed", "", 0)
+    h.tick(29_000_000_000)
+    assert h.statuses == []
+    h.tick(2_000_000_000)
+    assert h.statuses == [("killed", "")]
+
+
+def test_a_new_world_size_opens_an_attempt_and_so_does_a_restarted_rank():
+    a, b = Rank(0, 2), Rank(1, 2)
+    h = Harness(a, b)
+    h.end(a)
+    h.end(b)
+    again = [Rank(0, 2, life=1), Rank(1, 2, life=1)]
+    assert [w.attempt for w in h.hello(*again)] == [1, 1]
+    assert [w.attempt for w in h.hello(Rank(0, 3, life=2))] == [2]
+    h.tick()
+    assert [e.message for e in h.events if e.kind == "restart"] == [
+        "attempt 1: rank 0 restarted",
+        "attempt 2: world size 2 -> 3",
+    ]
+
+
+def test_attempts_are_never_mixed():
+    a, b = Rank(0, 2).log(0, x=1.0).log(1, x=1.0), Rank(1, 2).log(0, x=3.0)
+    h = Harness(a, b)
+    h.end(a)
+    h.end(b)
+    c, d = Rank(0, 2, life=1).log(1, x=10.0), Rank(1, 2, life=1).log(1, x=20.0)
+    h.hello(c, d)
+    h.end(c)
+    h.end(d)
+    h.pipeline.node("0", True, 0)
+    h.tick()
+
+    assert h.points == {("x", 0, 0): [(2.0, 2)], ("x", 1, 0): [(1.0, 1)], ("x", 1, 1): [(15.0, 2)]}
+
+
+def test_a_second_living_holder_of_a_rank_is_stored_and_not_reduced():
+    a, twin = Rank(0, 1).log(0, x=1.0), Rank(0, 1, life=1).log(0, x=100.0)
+    h = Harness(a)
+    (writer,) = h.hello(twin)
+    h.end(a)
+    h.end(twin)
+    h.pipeline.node("0", True, 0)
+    h.tick()
+
+    assert not writer.is_reduced
+    assert h.points == {("x", 0, 0): [(1.0, 1)]}
+    assert "duplicate_rank" in h.kinds()
+    assert sum(e.num_records for e in h.log_entries) == 4
+
+
+def test_a_dead_ranks_journal_found_late_belongs_to_the_attempt_before():
+    a, b = Rank(0, 2), Rank(1, 2)
+    h = Harness(a)
+    h.end(a)
+    h.hello(Rank(0, 2, life=1), Rank(1, 2, life=1))
+    (writer,) = h.hello(b, is_alive=False)
+
+    assert writer.attempt == 0
+
+
+def test_progress_counts_once_what_precedes_it_is_here():
+    a, b = Rank(0, 2).log(0, x=1.0), Rank(1, 2).log(0, x=1.0)
+    h = Harness(a, b)
+    h.send(a)
+    h.send(b)
+    h.pipeline.progress(a.incarnation, 5, 3, {}, 0, 0)
+    h.pipeline.progress(b.incarnation, 5, 2, {"bad_value": 2}, 7, 0)
+    h.tick()
+    assert h.points == {}
+    h.send(a.log(1, x=2.0))
+    h.tick()
+    assert list(h.points) == [("x", 0, 0), ("x", 1, 0)]
+    assert h.pipeline.writers[b.incarnation].drops == {"bad_value": 2}
+
+
+def test_params_are_kept_once_and_disagreement_is_an_event():
+    a, b = (Rank(r, 2).say(type="params", values={"lr": 0.1, "seed": r}) for r in range(2))
+    h = Harness(a, b)
+    h.send(a)
+    h.send(b)
+    effects = h.tick()
+
+    assert [(p.name, p.value, p.rank) for p in effects.params] == [("lr", "0.1", 0), ("seed", "0", 0)]
+    assert [e.message for e in h.events] == ["param seed: rank 1 has 1, rank 0 had 0"]
+
+
+def test_texts_alerts_and_unknown_messages():
+    a = Rank(0, 1).say(type="text", key="k", text="t").say(type="alert", title="a", text="b", level="error")
+    a.say(type="hologram")
+    h = Harness(a)
+    h.send(a)
+    effects = h.tick()
+
+    assert [(t.key, t.text, t.step) for t in effects.texts] == [("k", "t", None)]
+    assert [(e.kind, e.level, e.message) for e in h.events] == [
+        ("alert", "error", "a: b"),
+        ("unknown_message", "warning", "a record of unknown type 'hologram'"),
+    ]
+
+
+def test_a_definition_matches_by_pattern_and_the_first_stands():
+    a = Rank(0, 1).say(type="define", pattern="n/*", reduce="sum", replicated=False)
+    a.say(type="define", pattern="n/*", reduce="max", replicated=False)
+    a.say(type="define", pattern="z", reduce="nonsense", replicated=False)
+    a.log(0, **{"n/a": 1.0, "m": 1.0})
+    h = Harness(a)
+    h.send(a)
+    h.tick()
+
+    assert (h.pipeline.keys["n/a"].reduce, h.pipeline.keys["m"].reduce) == ("sum", "mean")
+    assert h.kinds() == ["define", "disagreement", "disagreement"]
+
+
+def test_a_definition_that_comes_late_counts_from_the_first_point():
+    """Else the same records in another order would give other values."""
+    a, b = Rank(0, 2).log(0, x=1.0).log(1, x=1.0), Rank(1, 2).log(0, x=2.0).log(1, x=2.0)
+    h = Harness(a, b)
+    h.send(a)
+    h.send(b)
+    h.tick()
+    assert h.points["x", 0, 0] == [(1.5, 2)]
+    h.send(a.say(type="define", pattern="x", reduce="sum", replicated=False))
+    h.tick()
+    h.end(a)
+    h.end(b)
+    h.pipeline.node("0", True, 0)
+    h.tick()
+    assert h.points["x", 0, 0][-1] == (3.0, 2)
+    assert h.points["x", 1, 0][-1] == (3.0, 2)
+
+
+def test_more_names_than_allowed_are_counted_not_kept():
+    a = Rank(0, 1).log(0, a=1, b=2, c=3)
+    h = Harness(a, options=Options(grace_ns=1, late_ns=1, settle_ns=0, max_keys=2))
+    h.end(a)
+    h.pipeline.node("0", True, 0)
+    h.tick()
+
+    assert list(h.points) == [("a", 0, 0), ("b", 0, 0)]
+    assert h.pipeline.key_overflow == 1
+
+
+def test_a_writer_after_the_end_opens_the_run_again():
+    a = Rank(0, 1).say(type="finish", status="finished")
+    h = Harness(a)
+    h.send(a)
+    h.pipeline.node("0", True, 0)
+    h.tick()
+    h.hello(Rank(0, 1, life=1))
+    h.tick()
+
+    assert h.statuses == [("finished", ""), ("running", "")]
+    assert not h.pipeline.is_closed
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_delivery_gives_what_brute_force_gives(data):
+    """Random records of 3 ranks, delivered in random batches, doubled, in any order between ranks."""
+    names = ["a", "b", "c"]
+    draw = data.draw
+    ranks, expected = [Rank(r, 3) for r in range(3)], {}
+    for rank in ranks:
+        for step in sorted(draw(st.lists(st.integers(0, 6), max_size=8))):
+            chosen = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+            weight = draw(st.sampled_from([1.0, 2.0, 0.5]))
+            values = {name: draw(st.floats(-1e6, 1e6)) for name in chosen}
+            rank.log(step, weight, **values)
+            for name, value in values.items():
+                expected.setdefault((name, step, 0), {}).setdefault(rank.rank, []).append((value, weight))
+    h = Harness(*ranks)
+    while any(h.pipeline.writers[r.incarnation].next_seq < len(r.records) for r in ranks):
+        rank = draw(st.sampled_from(ranks))
+        known = h.pipeline.writers[rank.incarnation].next_seq
+        first = draw(st.integers(0, known))
+        h.send(rank, first, draw(st.integers(first, len(rank.records))))
+        h.tick(draw(st.sampled_from([0, 50, 200])))
+    for rank in ranks:
+        h.end(rank)
+    h.pipeline.node("0", True, h.now)
+    h.tick()
+
+    assert set(h.points) == set(expected)
+    for key, by_rank in expected.items():
+        entries = [entry for values in by_rank.values() for entry in values]
+        mean = sum(v * w for v, w in entries) / sum(w for _, w in entries)
+        value, n = h.points[key][-1]
+        assert n == len(by_rank)
+        np.testing.assert_allclose(value, mean, rtol=1e-9, atol=1e-6)
+
+
+def test_its_repr_says_where_it_stands():
+    h = Harness(Rank(0, 1))
+    assert repr(h.pipeline) == "<Pipeline attempt=0 writers=1 ended=0 keys=0 values=0 verdict=None>"
+    assert json.dumps(list(h.pipeline.attempts)) == "[0]"

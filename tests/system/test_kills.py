@@ -1,0 +1,154 @@
+"""What is killed with -9 loses nothing and doubles nothing: a rank, the agent, the aggregator twenty times."""
+
+import math
+import os
+import signal
+
+import pytest
+from system.jobs import DDPLOG, wait_until
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+
+NUM_LOGS = 5000
+
+SUICIDE = """
+import os, signal, sys, time
+import ddplog
+run = ddplog.init()
+rank = int(os.environ["RANK"])
+for step in range(5000):
+    run.log({f"rank_{rank}": float(step)}, step=step)
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.pause()  # as in a collective whose peer is gone; torchrun ends it
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "detail"), [("ddplog", "rank 1: signal 9 (SIGKILL)"), ("torchrun", "rank 1: died, code unknown")]
+)
+def test_a_rank_killed_right_after_its_5000th_log_leaves_all_5000(job, launcher, detail):
+    """log() has returned: no exit handler runs, and nobody but the agent can save what the rank left."""
+    script = job.script(SUICIDE)
+    words = job.torchrun(2, script)
+    if launcher == "ddplog":
+        words = (*DDPLOG, "run", "--quiet", "--no-summary", "--standalone", "--nproc-per-node", "2", script)
+    job.run(*words, code=1)
+    with job.open() as run:
+        assert run.metric("rank_1").step.tolist() == list(range(NUM_LOGS))
+        assert run.metric("rank_1").value.tolist() == list(map(float, range(NUM_LOGS)))
+        assert run.metric("rank_0").step.tolist() == list(range(NUM_LOGS))
+        assert (run.status, run.detail) == ("failed", detail)
+        died = next(writer for writer in run.writers() if writer.rank == 1)
+        assert (died.state, died.signal) == ("died", 9 if launcher == "ddplog" else None)
+        assert run.drops() == ()
+
+
+NUM_RANKS = 3
+
+STEADY = """
+import os, sys, time
+from pathlib import Path
+import ddplog
+run = ddplog.init()
+rank, stop = int(os.environ["RANK"]), Path("stop")
+run.define_metric("count", reduce="sum")
+step = 0
+while not stop.exists() or step % 100 or step < 2000:
+    run.log({"loss": step * 1.25 + rank, "count": float(rank)}, step=step, weight=rank + 1.0)
+    if rank:
+        run.log({"some": float(step + rank)}, step=step)
+    step += 1
+    time.sleep(0.0005)
+Path(f"steps.{rank}").write_text(str(step))
+"""
+
+
+def _stop(job, process):
+    (job.folder / "stop").touch()
+    job.end(process)
+    return {rank: int((job.folder / f"steps.{rank}").read_text()) for rank in range(NUM_RANKS)}
+
+
+def _check_steady(job, lengths):
+    """Every point once, and of the values it must have: those of the ranks that went so far."""
+    wanted = {}
+    for step in range(max(lengths.values())):
+        ranks = [rank for rank, length in lengths.items() if step < length]
+        weights = {rank: rank + 1.0 for rank in ranks}
+        mean = sum(w * (step * 1.25 + rank) for rank, w in weights.items()) / sum(weights.values())
+        wanted["loss", step] = (len(ranks), mean)
+        wanted["count", step] = (len(ranks), float(sum(ranks)))
+        some = [rank for rank in ranks if rank]
+        if some:
+            wanted["some", step] = (len(some), step + sum(some) / len(some))
+    with job.open() as run:
+        found = {}
+        for key in run.keys():
+            points = run.metric(key)
+            assert len(set(points.step.tolist())) == len(points), f"{key}: a step twice"
+            for step, n, value in zip(points.step.tolist(), points.n.tolist(), points.value.tolist(), strict=True):
+                found[key, step] = (n, value)
+        assert (run.status, run.detail) == ("finished", "")
+        assert run.drops() == ()
+        assert [writer.rank for writer in sorted(run.writers(), key=lambda w: w.rank)] == list(range(NUM_RANKS))
+    assert found.keys() == wanted.keys()
+    for name, (n, value) in wanted.items():
+        assert found[name][0] == n, name
+        assert math.isclose(found[name][1], value, rel_tol=1e-12), (name, found[name], value)
+    return found
+
+
+def _check_jsonl(job, found):
+    """The file has every id once; where a point was emitted again, the last line is the store's."""
+    lines = job.jsonl()
+    assert len({line["id"] for line in lines}) == len(lines), "a line twice"
+    first = [(line["key"], line["step"]) for line in lines if line["revision"] == 0]
+    assert len(first) == len(set(first)), "a point twice"
+    assert {(line["key"], line["step"]): (line["n"], line["value"]) for line in lines} == found
+
+
+def test_the_aggregator_killed_20_times_loses_and_doubles_nothing(job):
+    """It dies at any instruction, and the next one goes on from its store and from the agents' journals."""
+    process = job.start(*job.ranks(NUM_RANKS, job.script(STEADY)), DDPLOG_SINKS="jsonl")
+    known, most = 0, 0
+
+    def has_new_aggregator():
+        """One that has stored something: to kill it before it has started is no test of it."""
+        pid = job.aggregator_pid()
+        points = len(job.peek("loss"))
+        return pid if pid and pid != known and points > most else None
+
+    for _ in range(20):
+        known = wait_until(has_new_aggregator)
+        most = len(job.peek("loss"))
+        os.kill(known, signal.SIGKILL)
+    lengths = _stop(job, process)
+    _check_jsonl(job, _check_steady(job, lengths))
+
+
+def test_an_agent_killed_in_the_middle_is_replaced_and_nothing_is_lost(job):
+    """log() looks at the agent once a second and starts another; the aggregator is found again, not doubled."""
+    process = job.start(*job.ranks(NUM_RANKS, job.script(STEADY)), DDPLOG_SINKS="jsonl")
+    known = None
+    for _ in range(2):
+        wait_until(lambda: len(job.peek("loss")) > 100)
+        first = wait_until(lambda: (pid := job.agent_pid()) != known and pid)
+        os.kill(first, signal.SIGKILL)
+        known = first
+        wait_until(lambda: (pid := job.agent_pid()) != known and pid)
+    lengths = _stop(job, process)
+    _check_jsonl(job, _check_steady(job, lengths))
+
+
+def test_agent_and_aggregator_killed_together_are_replaced(job):
+    """As the kernel does when the node runs out of memory and takes the helpers."""
+    process = job.start(*job.ranks(NUM_RANKS, job.script(STEADY)), DDPLOG_SINKS="jsonl")
+    wait_until(lambda: len(job.peek("loss")) > 100)
+    aggregator, agent = job.aggregator_pid(), job.agent_pid()
+    os.kill(agent, signal.SIGKILL)
+    os.kill(aggregator, signal.SIGKILL)
+    points = len(job.peek("loss"))
+    wait_until(lambda: len(job.peek("loss")) > points)
+    lengths = _stop(job, process)
+    _check_jsonl(job, _check_steady(job, lengths))
