@@ -64,7 +64,7 @@ class Settings:
 
     spool_bytes: int = 1024 * 1024 * 1024
     """Journal bytes kept per rank beyond which new records are dropped (counted) when nothing is acknowledged,
-    and beyond which acknowledged segments are deleted."""
+    half of it is kept beyond the acknowledgement, so that a lost store can be refilled."""
 
     max_keys: int = 10_000
     """Distinct metric names one rank may log; more are dropped with a count (a name with a loop index or an

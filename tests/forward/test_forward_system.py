@@ -15,6 +15,7 @@ import pytest
 from emission_store import StoreMaker
 from event_files import read_scalars
 
+from ddplog.bootstrap import command
 from ddplog.testing import read_jsonl
 
 pytestmark = pytest.mark.system
@@ -29,8 +30,8 @@ def start():
     processes = []
 
     def start(store, sink, *more, **environ):
-        command = [sys.executable, "-m", "ddplog.forward", "--run-dir", str(store.run_dir), "--sink", sink, *more]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environ})
+        arguments = [sys.executable, "-m", "ddplog.forward", "--run-dir", str(store.run_dir), "--sink", sink, *more]
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, **environ})
         processes.append(process)
         return process
 
@@ -180,3 +181,10 @@ def test_the_lock_ends_with_the_process(tmp_path, start):
     process.wait()
     with (store.run_dir / "sinks" / "jsonl" / "lock").open("r+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_the_way_the_aggregator_starts_it_keeps_the_exit_status(tmp_path):
+    """It must not start a sink again and again that can never work."""
+    store = StoreMaker(tmp_path / "run-1")
+    arguments = command("ddplog.forward.__main__", "--run-dir", str(store.run_dir), "--sink", "comte")
+    assert subprocess.run(arguments, check=False, stderr=subprocess.DEVNULL).returncode == 3

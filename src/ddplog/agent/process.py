@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -223,6 +224,7 @@ def main() -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return
+    os.truncate(folder / "spawn.lock", 0)  # should this agent die, the next one need not wait
     _clean_up(folder.parent)
     agent = Agent(folder, read_job(folder))
     _logger.info("agent of run %s", agent.job.run_id)
@@ -248,10 +250,8 @@ def _clean_up(spool: Path) -> None:
 
 def _detach() -> None:
     """Leave the job's session and close every descriptor that came with it."""
-    try:
+    with suppress(PermissionError):  # the leader of a group already
         os.setsid()
-    except PermissionError:
-        pass
     os.closerange(3, int(os.sysconf("SC_OPEN_MAX")) if os.sysconf("SC_OPEN_MAX") < 1 << 20 else 1 << 16)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "show": "Show one run: its ranks, metrics, events, drops and sinks.",
     "top": "Watch a live run.",
     "report": "Write one self-contained HTML page of charts.",
+    "sync": "Complete a run from the journals on this node, and deliver what its sinks have not got.",
     "export": "Write a run's points as CSV, JSON lines or Parquet.",
     "doctor": "Check this machine and print every setting with its origin.",
 }

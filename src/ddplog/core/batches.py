@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ddplog.core.reduce import F64, I64
 from ddplog.core.records import KIND_SCALARS, PREFIX_BYTES, Record, decode, scan_payload
+from ddplog.core.reduce import F64, I64
 
 _PREFIX_WORDS = PREFIX_BYTES // 8
 

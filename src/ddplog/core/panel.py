@@ -459,16 +459,13 @@ class Panel:
     def _rank_values(
         self, values: F64, present: Bool, times: I64, steps: I64
     ) -> list[tuple[int, int, int, float, int]]:
-        result = []
-        for k, name in enumerate(self.reductions):
-            if name != "none":
-                continue
-            for s, step in enumerate(steps.tolist()):
-                for r in np.flatnonzero(present[:, s, k]).tolist():
-                    result.append(
-                        (self.key_ids[k], step, int(self._ranks[r]), float(values[r, s, k]), int(times[r, s]))
-                    )
-        return result
+        return [
+            (self.key_ids[k], step, int(self._ranks[r]), float(values[r, s, k]), int(times[r, s]))
+            for k, name in enumerate(self.reductions)
+            if name == "none"
+            for s, step in enumerate(steps.tolist())
+            for r in np.flatnonzero(present[:, s, k]).tolist()
+        ]
 
     def _disagreements(self, block: Block, steps: I64) -> list[tuple[int, int]]:
         differs = (block.min != block.max) & (block.num_finite > 1)

@@ -29,6 +29,9 @@ SILENT_NODE_NS: Final = 30_000_000_000
 """A node without a sign of life for this long, after the launcher's last word, is not waited for."""
 
 
+UNKNOWN_DEATH: Final = "died, code unknown"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Settings the pipeline decides with; see config.Settings."""
@@ -608,7 +611,7 @@ class Pipeline:
         writer.ended_unix_ns = writer.ended_unix_ns or time_unix_ns
         if not writer.said_finish:
             if writer.exit_code is None and writer.signal is None and not writer.detail:
-                writer.detail = "died, code unknown"
+                writer.detail = UNKNOWN_DEATH
             self._event(writer, time_unix_ns, "death", "error", f"rank {writer.info.rank}: {writer.detail}")
         elif writer.finish_status == "failed":
             self._event(writer, time_unix_ns, "failure", "error", f"rank {writer.info.rank}: {writer.detail}")

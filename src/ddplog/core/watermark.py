@@ -15,8 +15,8 @@ from typing import Final
 
 import numpy as np
 
-from ddplog.core.reduce import Bool
 from ddplog.core.records import MAX_STEP, NO_STEP
+from ddplog.core.reduce import Bool
 
 NOTHING_YET: Final = NO_STEP
 EVERYTHING: Final = MAX_STEP

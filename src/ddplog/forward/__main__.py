@@ -7,13 +7,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ddplog.errors import ConfigError, DdplogError
 from ddplog.forward.process import EXIT_UNUSABLE, ProcessHost, forward
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one forwarder; returns its exit status."""
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one forwarder, and exit with its status: whoever calls this by name needs the status too."""
+    sys.exit(_run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ddplog.forward", description="Deliver one run to one sink.")
     parser.add_argument("--run-dir", type=Path, required=True, help="the run's folder")
     parser.add_argument("--sink", required=True, help="name or name://target")
@@ -31,4 +36,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

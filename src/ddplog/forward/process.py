@@ -244,7 +244,7 @@ class Forwarder:
         while True:
             try:
                 call()
-            except RetryableSinkError as exc:  # noqa: PERF203  # a loop over retries
+            except RetryableSinkError as exc:  # a loop over retries
                 until_ns = backoff.failed(self._host.now_ns(), self._host.jitter(), exc.retry_after_s)
                 self._show("retrying", str(exc))
                 while self._host.now_ns() < until_ns:

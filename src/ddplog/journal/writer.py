@@ -17,6 +17,7 @@ import mmap
 import os
 import random
 import struct
+import sys
 import threading
 import time
 from collections import deque
@@ -34,6 +35,7 @@ from ddplog.core.records import (
     PREFIX_BYTES,
     WORD,
     encode_message,
+    scan,
 )
 from ddplog.journal import segment as layout
 
@@ -41,18 +43,26 @@ _MAX_DEFERRED: Final = 10_000
 _CHECK_NS: Final = 1_000_000_000
 _RETRY_NS: Final = 1_000_000_000
 _SMALLEST_SEGMENT: Final = 64 * 1024
+_ORDER: Final = "@" if sys.byteorder == "little" else "<"
+_NUMBERS: Final = (float, int)
+_INFINITY: Final = float("inf")
+_float_of: Final = float.conjugate
+
+NO_WEIGHT: Final = float(1)
+"""The weight of a call that gives none: known by identity on the hot path, so that only others are checked."""
 
 
 class Schema:
     """The keys of a record and how their values are packed behind the frame's prefix."""
 
-    __slots__ = ("aux", "head", "pack_into", "size")
+    __slots__ = ("aux", "head", "pack", "size")
 
     def __init__(self, schema_id: int, num_keys: int) -> None:
         self.head = KIND_SCALARS | schema_id << 8
         self.aux = num_keys
         self.size = PREFIX_BYTES + 8 * num_keys
-        self.pack_into = struct.Struct(f"<QIIqQd{num_keys}d").pack_into
+        # Native where that is the same: struct copies a native double, and assembles any other byte by byte.
+        self.pack = struct.Struct(f"{_ORDER}QIIqQd{num_keys}d").pack
 
 
 class JournalFullError(OSError):
@@ -97,6 +107,8 @@ class JournalWriter:
         self._is_busy = False
         self.deferred: deque[tuple[Mapping[str, Any], int | None, float]] = deque()
         self._schemas: dict[tuple[str, ...], Schema] = {}
+        self._last_keys: tuple[str, ...] | None = None
+        self._last_schema: Schema = _NO_SCHEMA
         self._number = 0
         self._seq = 0
         self._offset = 0
@@ -127,23 +139,33 @@ class JournalWriter:
                 return False
             self._is_busy = True
             try:
-                schema = self._schemas[tuple(data)]
-                values = data.values()
-                for value in values:
-                    if type(value) is not float:
-                        return False
-                offset = self._offset
-                end = offset + schema.size
-                now = time_ns()
-                if end > self._limit or now > self._next_check_ns:
-                    return False
+                keys = tuple(data)
+                if keys == self._last_keys:  # saves a hash of all keys, 60 ns of ten
+                    schema = self._last_schema
+                else:
+                    schema = self._last_schema = self._schemas[keys]
+                    self._last_keys = keys
                 if step is None:
                     step = self._ambient
                     if step == NO_STEP:
                         return False
+                elif type(step) is not int:
+                    return False
+                if weight is not NO_WEIGHT and not (type(weight) in _NUMBERS and 0 <= weight < _INFINITY):
+                    return False
+                now = time_ns()
+                offset = self._offset
+                end = offset + schema.size
+                if end > self._limit or now > self._next_check_ns:
+                    return False
+                # float.conjugate() is a type check at the speed of C: it returns a float itself, and raises TypeError
+                # for what is none without calling into it. float() or struct alone would ask a CUDA tensor: a sync.
+                body = schema.pack(
+                    self._seq, schema.head, schema.aux, step, now, weight, *map(_float_of, data.values())
+                )
                 view = self._view
-                schema.pack_into(view, offset + 8, self._seq, schema.head, schema.aux, step, now, weight, *values)
-                WORD_pack_into(view, offset, crc32(view[offset + 8 : end], self._epoch) << 32 | schema.size)
+                view[offset + 8 : end] = body
+                WORD_pack_into(view, offset, crc32(body, self._epoch) << 32 | schema.size)
                 self._seq += 1
                 self._offset = end
             except (KeyError, TypeError, AttributeError, struct.error):
@@ -157,11 +179,11 @@ class JournalWriter:
 
     def _settle(self) -> None:
         """Bring seq and offset in line with the segment after an interrupted append."""
-        (word,) = WORD.unpack_from(self._view, self._offset)
-        if word:
-            (seq,) = layout.U64.unpack_from(self._view, self._offset + 8)
+        # scan() believes a checksum only: behind the last record may lie part of one that was never published.
+        for offset, length in scan(self._view, self._offset, self._limit, self._epoch):
+            (seq,) = layout.U64.unpack_from(self._view, offset + 8)
             self._seq = seq + 1
-            self._offset += word & 0xFFFFFFFF
+            self._offset = offset + length
 
     # -- everything else
 
@@ -197,10 +219,11 @@ class JournalWriter:
         if schema is None:
             schema = self._declare(keys)
         self._make_room(schema.size)
-        now, view, offset = time_ns(), self._view, self._offset
+        view, offset = self._view, self._offset
         end = offset + schema.size
-        schema.pack_into(view, offset + 8, self._seq, schema.head, schema.aux, step, now, weight, *values)
-        WORD.pack_into(view, offset, crc32(view[offset + 8 : end], self._epoch) << 32 | schema.size)
+        body = schema.pack(self._seq, schema.head, schema.aux, step, time_ns(), weight, *values)
+        view[offset + 8 : end] = body
+        WORD_pack_into(view, offset, crc32(body, self._epoch) << 32 | schema.size)
         self._seq += 1
         self._offset = end
 
@@ -351,6 +374,7 @@ class JournalWriter:
             return
         self._is_open = False
         self._schemas = {}
+        self._last_keys = None
         self._limit = 0
         if finished:
             layout.U64.pack_into(self._head, layout.FINISHED_OFFSET, 1)
@@ -360,6 +384,7 @@ class JournalWriter:
         """In a forked child: refuse everything, touch nothing of the parent's."""
         self._is_open = False
         self._schemas = {}
+        self._last_keys = None
         self._limit = 0
         self._lock = threading.RLock()
         self._is_busy = False
@@ -374,6 +399,7 @@ class JournalWriter:
     _full_reason = "disk_full"
 
 
+_NO_SCHEMA: Final = Schema(0, 0)
 time_ns = time.time_ns
 WORD_pack_into = WORD.pack_into
 

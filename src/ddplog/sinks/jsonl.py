@@ -63,7 +63,7 @@ class JsonlSink:
 
     def write(self, batch: Sequence[Emission]) -> Position:
         """Append the batch; durable on return."""
-        assert self._file is not None  # noqa: S101  # write comes after open
+        assert self._file is not None  # write comes after open
         return {"num_bytes": self._file.append(b"".join(as_line(emission) for emission in batch))}
 
     def close(self, status: RunStatus) -> None:  # noqa: ARG002  # the status is in the run's store

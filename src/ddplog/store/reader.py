@@ -524,7 +524,7 @@ class Run:
         for _ in range(3):
             try:
                 return collect_step_times(iter_entries(folder), attempt)
-            except FileNotFoundError:  # noqa: PERF203  # the oldest file was deleted to bound the log: begin behind it
+            except FileNotFoundError:  # the oldest file was deleted to bound the log: begin behind it
                 continue
         return EMPTY
 
@@ -565,7 +565,7 @@ class Run:
     def writers(self) -> tuple[WriterInfo, ...]:
         """Return every life of every rank, by attempt and rank."""
         names = [f.name for f in fields(WriterInfo)]
-        rows = self._rows(f"SELECT {', '.join(names)} FROM writers ORDER BY attempt, rank, writer_id")  # noqa: S608
+        rows = self._rows(f"SELECT {', '.join(names)} FROM writers ORDER BY attempt, rank, writer_id")
         return tuple(WriterInfo(**dict(zip(names, row, strict=True))) for row in rows)
 
     def sink_states(self) -> tuple[SinkState, ...]:
@@ -601,7 +601,7 @@ class Run:
 
     def _paged(self, table: str, columns: str) -> Iterator[Sequence[Any]]:
         after = -1
-        query = f"SELECT id, {columns} FROM {table} WHERE id > ? ORDER BY id LIMIT ?"  # noqa: S608
+        query = f"SELECT id, {columns} FROM {table} WHERE id > ? ORDER BY id LIMIT ?"
         while rows := self._rows(query, (after, PAGE_ROWS)):
             after = rows[-1][0]
             yield from rows

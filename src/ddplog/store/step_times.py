@@ -37,7 +37,7 @@ _PREFIX_DTYPE: Final = np.dtype(
         ("weight", "<f8"),
     ]
 )
-assert _PREFIX_DTYPE.itemsize == PREFIX_BYTES  # noqa: S101  # an invariant of ours
+assert _PREFIX_DTYPE.itemsize == PREFIX_BYTES  # an invariant of ours
 
 
 class Entry(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -58,7 +59,5 @@ def _spawn(folder: Path) -> None:
     script = 'exec 0</dev/null 1>>"$1" 2>&1; shift; "$@" &'
     arguments = ["/bin/sh", "-c", script, "ddplog", str(log), *command("ddplog.agent.process", str(folder))]
     pid = os.posix_spawn("/bin/sh", arguments, os.environ, setsid=True)  # torchrun kills its ranks' process groups
-    try:
+    with suppress(ChildProcessError):  # the user's SIGCHLD handler was faster
         os.waitpid(pid, 0)
-    except ChildProcessError:
-        pass  # the user's SIGCHLD handler was faster

@@ -10,15 +10,18 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from ddplog.core.records import NO_STEP
 from ddplog.errors import UsageError
 from ddplog.journal.spool import JobInfo
-from ddplog.journal.writer import JournalFullError, JournalWriter
+from ddplog.journal.writer import NO_WEIGHT, JournalFullError, JournalWriter
 from ddplog.worker.identity import Identity
 from ddplog.worker.scalars import BadValueError, as_float, as_int, flatten
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _logger = logging.getLogger("ddplog")
 _LEVELS: Final = ("info", "warning", "error")
@@ -83,7 +86,7 @@ class Run:
         """Values of this rank that were not taken: reason -> count."""
         return self._journal.drops
 
-    def log(self, data: Mapping[str, Any], step: int | None = None, weight: float = 1.0) -> None:
+    def log(self, data: Mapping[str, Any], step: int | None = None, weight: float = NO_WEIGHT) -> None:
         """Log numbers of one step.
 
         Args:
@@ -127,44 +130,46 @@ class Run:
 
     def _append(self, data: Mapping[str, Any], step: int | None, weight: float, problems: list[BadValueError]) -> None:
         if not isinstance(data, Mapping):
-            problems.append(
-                BadValueError("bad_value", f"log() takes a dict of names to numbers, not {type(data).__name__}")
-            )
+            what = type(data).__name__
+            problems.append(BadValueError("bad_value", f"log() takes a dict of names to numbers, not {what}"))
             return
-        keys: list[str] = []
-        values: list[float] = []
+        numbers = dict(self._numbers(data, problems))
+        names = tuple(numbers)
+        number_of_step = self._step(names, step, problems) if names else None
+        if number_of_step is None:
+            return
+        values, factor = list(numbers.values()), self._weight(weight, problems)
+        for start in range(0, len(names), _MAX_KEYS_PER_RECORD):
+            part = slice(start, start + _MAX_KEYS_PER_RECORD)
+            self._journal.append_scalars(names[part], values[part], number_of_step, factor)
+
+    def _numbers(self, data: Mapping[str, Any], problems: list[BadValueError]) -> Iterator[tuple[str, float]]:
         for key, value, problem in flatten(data):
+            if problem is not None:
+                problems.append(problem)
+                continue
             try:
-                if problem is not None:
-                    raise problem
                 number = as_float(key, value)
                 self._admit_key(key)
             except BadValueError as exc:
                 problems.append(exc)
-                continue
             except Exception as exc:  # noqa: BLE001 - float() of a user's object may raise anything
                 problems.append(BadValueError("bad_value", f"{key}: {exc!r}"))
-                continue
-            keys.append(key)
-            values.append(number)
-        if not keys:
-            return
-        names = tuple(keys)
-        number_of_step = self._step(names, step, problems)
-        if number_of_step is None:
-            return
+            else:
+                yield key, number
+
+    @staticmethod
+    def _weight(weight: Any, problems: list[BadValueError]) -> float:
         try:
             factor = as_float("weight", weight)
         except BadValueError:
             factor = -1.0
-        if not 0 <= factor < float("inf"):
-            problems.append(
-                BadValueError("bad_weight", f"weight={weight!r} must be a finite number, 0 or more; 1 is taken")
-            )
-            factor = 1.0
-        for start in range(0, len(names), _MAX_KEYS_PER_RECORD):
-            part = slice(start, start + _MAX_KEYS_PER_RECORD)
-            self._journal.append_scalars(names[part], values[part], number_of_step, factor)
+        if 0 <= factor < float("inf"):
+            return factor
+        problems.append(
+            BadValueError("bad_weight", f"weight={weight!r} must be a finite number, 0 or more; 1 is taken")
+        )
+        return 1.0
 
     def _admit_key(self, key: str) -> None:
         if key in self._keys:
@@ -331,7 +336,7 @@ class Run:
         except RuntimeWarning:  # the user runs with -W error; a warning must not stop training
             _logger.warning("ddplog: %s", message)
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
