@@ -97,6 +97,48 @@ def test_200_logs_from_a_signal_handler_lose_nothing(job):
         assert run.drops() == ()
 
 
+IN_THE_MIDDLE = """
+import os, signal, sys
+import ddplog
+run = ddplog.init()
+run.log({"loss": 0.0}, step=0)
+
+def handler(signum, frame):
+    run.log({"handler": 1.0}, step=1)
+    run.alert("preempted soon")
+    run.log_text("note", "from a handler")
+    if sys.argv[1] != "go on":
+        run.finish("preempted", "the scheduler said so")
+    if sys.argv[1] == "exit":
+        sys.exit(0)
+
+signal.signal(signal.SIGTERM, handler)
+
+class Data(dict):
+    def items(self):
+        os.kill(os.getpid(), signal.SIGTERM)  # handled right here, inside log()
+        return super().items()
+
+run.log(Data(loss=1.0), step=1)
+run.log({"loss": 2.0}, step=2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "steps"),
+    [("go on", "finished", [0, 1, 2]), ("exit", "preempted", [0]), ("", "preempted", [0, 1])],
+)
+def test_a_handler_inside_log_may_call_everything(job, how, status, steps):
+    """SIGTERM handlers that say why the run ends and exit are common; they may meet a log() in its middle."""
+    job.run(*job.ranks(1, job.script(IN_THE_MIDDLE), how))
+    with job.open() as run:
+        assert run.status == status
+        assert run.metric("loss").step.tolist() == steps
+        assert run.metric("handler").value.tolist() == [1.0]
+        assert [text.text for text in run.texts()] == ["from a handler"]
+        assert [event.message for event in run.events() if event.kind == "alert"] == ["preempted soon"]
+
+
 THREADS = """
 import threading
 import ddplog
@@ -137,7 +179,7 @@ for how in ("_exit", "exit", "raise"):
             run.log_text("child", how)
             run.flush()
             run.finish("failed")
-        print(how, [str(w.message) for w in caught], flush=True)
+        os.write(1, f"{how} {[str(w.message) for w in caught]}\\n".encode())
         if how == "_exit":
             os._exit(0)
         if how == "exit":

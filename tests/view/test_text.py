@@ -45,17 +45,19 @@ def test_sizes():
 
 
 @pytest.mark.parametrize(
-    ("state", "code", "signal", "shown"),
+    ("code", "signal", "detail", "shown"),
     [
-        ("died", None, 9, "signal 9 (SIGKILL)"),
-        ("died", None, None, "code unknown"),
-        ("died", 3, None, "exit 3"),
-        ("finished", None, None, ""),
-        ("died", None, 99, "signal 99"),
+        (None, 9, "", "signal 9 (SIGKILL)"),
+        (None, 9, "signal 9 (SIGKILL)", "signal 9 (SIGKILL)"),
+        (None, None, "died, code unknown", "died, code unknown"),
+        (3, None, "", "exit 3"),
+        (1, None, "ValueError: no", "exit 1, ValueError: no"),
+        (None, None, "", ""),
+        (None, 99, "", "signal 99"),
     ],
 )
-def test_how_a_rank_ended(state, code, signal, shown):
-    assert text.how_ended(state, code, signal) == shown
+def test_how_a_rank_ended(code, signal, detail, shown):
+    assert text.how_ended(code, signal, detail) == shown
 
 
 def test_losses_come_first_and_the_sampler_last():

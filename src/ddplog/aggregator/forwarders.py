@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,17 +12,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddplog.bootstrap import command
+from ddplog.sinks import parse_spec
 
 _logger = logging.getLogger("ddplog.aggregator")
 
 EXIT_FAILED: Final = 3
-"""The forwarder cannot work at all (its sink's package is missing): it is not started again."""
+"""The forwarder cannot work at all (its sink's package is missing): it is not started again. Any other end is final
+only if the sink is drained: 0 also means that an earlier aggregator's forwarder still holds the sink."""
 _BACKOFF_NS: Final = (0, 200_000_000, 1_000_000_000, 5_000_000_000, 30_000_000_000)
 
 
 @dataclass(slots=True)
 class _Forwarder:
     sink: str
+    folder: str
     process: subprocess.Popen[bytes] | None = None
     has_ended: bool = False
     num_starts: int = 0
@@ -38,7 +42,7 @@ class Forwarders:
 
     def __init__(self, run_dir: Path, sinks: Sequence[str]) -> None:
         self.run_dir = run_dir
-        self._forwarders = [_Forwarder(sink=sink) for sink in sinks]
+        self._forwarders = [_Forwarder(sink=sink, folder=parse_spec(sink).folder_name) for sink in sinks]
 
     def supervise(self, now_ns: int) -> None:
         """Start what is not running."""
@@ -48,7 +52,7 @@ class Forwarders:
                 if code is None:
                     continue
                 forwarder.process = None
-                if code in (0, EXIT_FAILED):
+                if code == EXIT_FAILED or (code == 0 and self._is_drained(forwarder)):
                     forwarder.has_ended = True
                 else:
                     _logger.warning("the forwarder to %s ended with %d", forwarder.sink, code)
@@ -56,12 +60,16 @@ class Forwarders:
             if not forwarder.has_ended and now_ns - forwarder.started_ns >= backoff:
                 self._start(forwarder, now_ns)
 
+    def _is_drained(self, forwarder: _Forwarder) -> bool:
+        state = _read_state(self.run_dir / "sinks" / forwarder.folder / "state.json")
+        return state is not None and state.get("state") == "drained"
+
     def _start(self, forwarder: _Forwarder, now_ns: int) -> None:
         forwarder.num_starts += 1
         forwarder.started_ns = now_ns
         logs = self.run_dir / "logs"
         logs.mkdir(exist_ok=True)
-        with (logs / f"forward-{forwarder.sink.split(':')[0]}.log").open("ab") as log:
+        with (logs / f"forward-{forwarder.folder}.log").open("ab") as log:
             arguments = command("ddplog.forward.__main__", "--run-dir", str(self.run_dir), "--sink", forwarder.sink)
             forwarder.process = subprocess.Popen(
                 arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -74,16 +82,19 @@ class Forwarders:
 
     def states(self) -> list[Mapping[str, Any]]:
         """Return every sink's state.json."""
-        result: list[Mapping[str, Any]] = []
-        for path in sorted((self.run_dir / "sinks").glob("*/state.json")):
-            try:
-                result.append(json.loads(path.read_text()))
-            except (OSError, json.JSONDecodeError):
-                continue
-        return result
+        states = (_read_state(path) for path in sorted((self.run_dir / "sinks").glob("*/state.json")))
+        return [state for state in states if state is not None]
 
     def leave(self) -> None:
         """Let them run on by themselves."""
         for forwarder in self._forwarders:
             if forwarder.process is not None:
                 forwarder.process.returncode = 0  # no ResourceWarning: it is meant to outlive us
+
+
+def _read_state(path: Path) -> Mapping[str, Any] | None:
+    try:
+        state: Mapping[str, Any] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return state

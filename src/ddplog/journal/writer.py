@@ -55,14 +55,15 @@ NO_WEIGHT: Final = float(1)
 class Schema:
     """The keys of a record and how their values are packed behind the frame's prefix."""
 
-    __slots__ = ("aux", "head", "pack", "size")
+    __slots__ = ("aux", "head", "pack", "pack_into", "size")
 
     def __init__(self, schema_id: int, num_keys: int) -> None:
         self.head = KIND_SCALARS | schema_id << 8
         self.aux = num_keys
         self.size = PREFIX_BYTES + 8 * num_keys
         # Native where that is the same: struct copies a native double, and assembles any other byte by byte.
-        self.pack = struct.Struct(f"{_ORDER}QIIqQd{num_keys}d").pack
+        record = struct.Struct(f"{_ORDER}QIIqQd{num_keys}d")
+        self.pack, self.pack_into = record.pack, record.pack_into
 
 
 class JournalFullError(OSError):
@@ -219,11 +220,10 @@ class JournalWriter:
         if schema is None:
             schema = self._declare(keys)
         self._make_room(schema.size)
-        view, offset = self._view, self._offset
+        now, view, offset = time_ns(), self._view, self._offset
         end = offset + schema.size
-        body = schema.pack(self._seq, schema.head, schema.aux, step, time_ns(), weight, *values)
-        view[offset + 8 : end] = body
-        WORD_pack_into(view, offset, crc32(body, self._epoch) << 32 | schema.size)
+        schema.pack_into(view, offset + 8, self._seq, schema.head, schema.aux, step, now, weight, *values)
+        WORD.pack_into(view, offset, crc32(view[offset + 8 : end], self._epoch) << 32 | schema.size)
         self._seq += 1
         self._offset = end
 

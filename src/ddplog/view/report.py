@@ -411,7 +411,7 @@ def _ranks_section(run: Run, found: _Collected, charts: Sequence[_Chart], first_
     rows = [
         (
             writer.attempt, writer.rank, writer.host, writer.pid, _State(writer.state),
-            ", ".join(p for p in (how_ended(writer.state, writer.exit_code, writer.signal), writer.detail) if p),
+            how_ended(writer.exit_code, writer.signal, writer.detail),
             "" if writer.step is None else count(writer.step), count(writer.next_seq),
             count(dropped.get(writer.writer_id, 0)),
         )

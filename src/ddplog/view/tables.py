@@ -120,8 +120,7 @@ def ranks(writers: Sequence[WriterInfo], drops: Sequence[Drop]) -> RenderableTyp
     attempt_column = (">attempt",) if has_attempts else ()
     table = _table(*attempt_column, ">rank", "host", ">pid", "state", ">step", ">records", ">drops")
     for writer in shown:
-        ended = how_ended(writer.state, writer.exit_code, writer.signal)
-        detail = ", ".join(part for part in (ended, writer.detail) if part)
+        detail = how_ended(writer.exit_code, writer.signal, writer.detail)
         num_drops = sum(dropped[writer.writer_id].values())
         table.add_row(
             *([str(writer.attempt)] if has_attempts else []),

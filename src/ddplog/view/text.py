@@ -107,13 +107,12 @@ def interest(key: str) -> tuple[int, str]:
     return (1 if any(word in name for word in ("acc", "score", "error", "f1", "auc", "bleu")) else 2), key
 
 
-def how_ended(state: str, exit_code: int | None, signal: int | None) -> str:
-    """Return how a rank ended, in a few words: exit 1, signal 9 (SIGKILL), died, code unknown."""
+def how_ended(exit_code: int | None, signal: int | None, detail: str) -> str:
+    """Return how a rank ended, in a few words: `exit 1, ValueError: ...`, `signal 9 (SIGKILL)`."""
+    seen = f"exit {exit_code}" if exit_code is not None else ""
     if signal:
-        return f"signal {signal}{_signal_name(signal)}"
-    if exit_code is not None:
-        return f"exit {exit_code}"
-    return "code unknown" if state == "died" else ""
+        seen = f"signal {signal}{_signal_name(signal)}"
+    return ", ".join(part for part in (seen, detail) if part and not (part == seen and seen in detail))
 
 
 def _signal_name(number_: int) -> str:

@@ -71,6 +71,7 @@ def init(
     if resolved.mode == "off":
         _current = NullRun()
         return _current
+    _check_sinks(resolved.sinks)
     who = identity_of.detect(os.environ)
     folder, job = _declare(resolved, who)
     _ordinal += 1
@@ -135,6 +136,17 @@ def _declare(resolved: settings_of.Settings, who: identity_of.Identity) -> tuple
         },
     )
     return folder, spool.declare_job(folder, info)
+
+
+def _check_sinks(sinks: Sequence[str]) -> None:
+    if not sinks:
+        return
+    from ddplog.sinks import available, parse_spec
+
+    names = available()
+    for sink in sinks:
+        if parse_spec(sink).name not in names:
+            raise ConfigError("sinks", sink, f"no such sink is installed; there are {', '.join(names)}")
 
 
 def _check_runs(runs: Path, resolved: settings_of.Settings, *, is_first: bool) -> None:
