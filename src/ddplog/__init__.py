@@ -10,8 +10,7 @@ Importing this loads no torch, grpc, zmq, sqlite3 or numpy.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ddplog.errors import (
@@ -25,11 +24,14 @@ from ddplog.errors import (
     SinkError,
     UsageError,
 )
-from ddplog.worker.lifecycle import current, init
-from ddplog.worker.run import Run
+from ddplog.worker import current
 
 if TYPE_CHECKING:
-    from ddplog.store.reader import Run as PastRun
+    from collections.abc import Mapping
+
+    from ddplog.store.reader import open_run
+    from ddplog.worker.lifecycle import init
+    from ddplog.worker.run import Run
 
 __version__ = "0.1.0"
 
@@ -57,11 +59,29 @@ __all__ = [
 ]
 
 
+_LAZY = {
+    "Run": "ddplog.worker.run",
+    "init": "ddplog.worker.lifecycle",
+    "open_run": "ddplog.store.reader",
+}
+"""Names that are imported when they are first used, so that importing ddplog costs a training script nothing."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ddplog' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def _run() -> Run:
-    run = current()
-    if run is None:
+    if current.run is None:
         raise UsageError("call ddplog.init() first")
-    return run
+    return current.run
 
 
 def log(data: Mapping[str, Any], step: int | None = None, weight: float = 1.0) -> None:
@@ -101,13 +121,5 @@ def flush() -> None:
 
 def finish(status: str = "finished", detail: str = "") -> None:
     """Finish the current run, if there is one; see Run.finish()."""
-    run = current()
-    if run is not None:
-        run.finish(status, detail)
-
-
-def open_run(path: str | os.PathLike[str]) -> PastRun:
-    """Open a run, live or finished, for reading; see store.reader.open_run()."""
-    from ddplog.store.reader import open_run as open_past_run
-
-    return open_past_run(path)
+    if current.run is not None:
+        current.run.finish(status, detail)

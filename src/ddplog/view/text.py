@@ -112,7 +112,9 @@ def how_ended(exit_code: int | None, signal: int | None, detail: str) -> str:
     seen = f"exit {exit_code}" if exit_code is not None else ""
     if signal:
         seen = f"signal {signal}{_signal_name(signal)}"
-    return ", ".join(part for part in (seen, detail) if part and not (part == seen and seen in detail))
+    if seen and seen in detail:
+        return detail
+    return ", ".join(part for part in (seen, detail) if part)
 
 
 def _signal_name(number_: int) -> str:

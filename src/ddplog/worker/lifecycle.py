@@ -16,11 +16,11 @@ from ddplog import config as settings_of
 from ddplog.errors import ConfigError
 from ddplog.journal import spool
 from ddplog.journal.writer import JournalWriter
+from ddplog.worker import current
 from ddplog.worker import identity as identity_of
 from ddplog.worker.election import ensure_agent
 from ddplog.worker.run import NullRun, Run, describe
 
-_current: Run | None = None
 _runs: list[Run] = []
 _ordinal = 0
 _has_hooks = False
@@ -56,7 +56,7 @@ def init(
     Raises:
         ConfigError: If a setting cannot work. Nothing raises after this.
     """
-    global _current, _ordinal
+    global _ordinal
     arguments = {
         "project": project,
         "name": name,
@@ -69,8 +69,8 @@ def init(
     }
     resolved = settings_of.resolve(arguments)
     if resolved.mode == "off":
-        _current = NullRun()
-        return _current
+        current.run = NullRun()
+        return current.run
     _check_sinks(resolved.sinks)
     who = identity_of.detect(os.environ)
     folder, job = _declare(resolved, who)
@@ -101,13 +101,8 @@ def init(
         run.log_params(config)
     _install_hooks()
     _runs.append(run)
-    _current = run
+    current.run = run
     return run
-
-
-def current() -> Run | None:
-    """Return the run of the last init(), if there is one."""
-    return _current
 
 
 def _declare(resolved: settings_of.Settings, who: identity_of.Identity) -> tuple[Path, spool.JobInfo]:

@@ -10,7 +10,9 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from ddplog.core.records import NO_STEP
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("ddplog")
 _LEVELS: Final = ("info", "warning", "error")
+_MAX_LATER: Final = 1000
 _STATUSES: Final = ("finished", "failed", "killed", "preempted")
 _MAX_KEYS_PER_RECORD: Final = 512
 """So that the record that declares them, 250 bytes a name at most, is well below the limit of a record."""
@@ -61,6 +64,7 @@ class Run:
         self._warned: set[str] = set()
         self._pid = os.getpid()
         self._is_finished = False
+        self._later: deque[Callable[[], None]] = deque()
 
     @property
     def run_id(self) -> str:
@@ -197,14 +201,27 @@ class Run:
         self._journal.drop("after_finish", _size(data))
         self._warn("after_finish", "log() after finish() is ignored (counted)")
 
+    def _put_aside(self, call: Callable[[], None]) -> None:
+        """Keep a signal handler's call for the call it interrupted, which looks for deferred log() calls only."""
+        if len(self._later) < _MAX_LATER:
+            self._later.append(call)
+            self._journal.defer({}, None, NO_WEIGHT)
+        else:
+            self._journal.drop("reentrant_overflow")
+
     def _drain(self) -> None:
-        while self._deferred:
+        """Write what signal handlers put aside; a handler's own call leaves that to the call it interrupted."""
+        while self._deferred and self._journal.enter():
+            self._journal.leave()
             try:
                 call = self._deferred.popleft()
             except IndexError:
                 return  # another thread took it
             if not self._fast(*call):
                 self._log_slowly(*call)
+        while self._later and self._journal.enter():
+            self._journal.leave()
+            self._later.popleft()()
 
     def _message(self, message: Mapping[str, Any], step: int = NO_STEP) -> None:
         journal = self._journal
@@ -212,8 +229,7 @@ class Run:
             self._refuse_closed(message)
             return
         if not journal.enter():
-            self._warn("reentrant_overflow", f"{message['type']} from a signal handler during log() is not possible")
-            journal.drop("reentrant_overflow")
+            self._put_aside(partial(self._message, message, step))
             return
         reason, why = "", ""
         try:
@@ -231,6 +247,8 @@ class Run:
             self._warn(reason, why)
             if self._strict and reason == "record_too_large":
                 raise UsageError(why)
+        if self._deferred:
+            self._drain()
 
     def set_step(self, step: int) -> None:
         """Set the step of calls that give none, and show it as this rank's progress.
@@ -305,10 +323,16 @@ class Run:
         """
         if status not in _STATUSES:
             raise UsageError(f"status={status!r}: must be one of {', '.join(_STATUSES)}")
-        if self._is_finished or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
+            return
+        if not self._journal.enter():  # a signal handler during log(): that call finishes, or the exit
+            self._put_aside(partial(self.finish, status, detail))
+            return
+        self._journal.leave()
+        self._drain()
+        if self._is_finished:
             return
         self._is_finished = True
-        self._drain()
         self._message({"type": "finish", "status": status, "detail": detail[:2000]})
         self._journal.close(finished=True)
         self._wait_stored()
