@@ -139,7 +139,11 @@ class Shipper:
         message = codec.decode(data)
         if isinstance(message, pb.Welcome):
             for cursor in message.cursors:
-                self._resume(cursor.incarnation, cursor.next_seq, now_ns)
+                tracked = self.tracked.get(cursor.incarnation)
+                if tracked is not None and tracked.is_welcome:  # it was declared again, because another one changed
+                    self._acknowledge(cursor.incarnation, cursor.next_seq, now_ns)
+                else:
+                    self._resume(cursor.incarnation, cursor.next_seq, now_ns)
         elif isinstance(message, pb.Ack):
             for cursor in message.cursors:
                 self._acknowledge(cursor.incarnation, cursor.next_seq, now_ns)

@@ -234,6 +234,7 @@ class Aggregator:
             except StoreError as exc:
                 _logger.error("cannot write the store, trying again: %s", exc)
                 self.snapshots.trouble = str(exc)
+                self.snapshots.refresh(time.monotonic_ns(), self.forwarders)
                 time.sleep(_RETRY_S)
             else:
                 self.snapshots.trouble = ""

@@ -164,6 +164,8 @@ class Effects:
     """Writers whose row changed."""
     status: tuple[str, str] | None = None
     """(status, detail) of the run, when it changed."""
+    verdict: tuple[str, str] | None = None
+    """What the launcher said, to be remembered; ("", "") forgets it."""
     num_values: int = 0
 
     def __bool__(self) -> bool:
@@ -178,6 +180,7 @@ class Effects:
             or self.schemas
             or self.writers
             or self.status
+            or self.verdict
         )
 
 
@@ -226,7 +229,9 @@ class Restored(NamedTuple):
     """(attempt, key_id) -> largest step emitted."""
     definitions: Sequence[tuple[str, str, bool]]
     verdict: tuple[str, str] | None
-    """(status, detail) if the run had ended; it stands until a new writer comes."""
+    """(status, detail) that the launcher gave."""
+    is_closed: bool
+    """Whether the run had ended; that stands until a new writer comes."""
 
 
 class Pipeline:
@@ -319,6 +324,7 @@ class Pipeline:
         if self.is_closed:
             self.is_closed = False
             self.verdict = None
+            self._effects.verdict = ("", "")
             self._effects.status = ("running", "")
         return writer
 
@@ -641,7 +647,7 @@ class Pipeline:
 
     def finish(self, status: str, detail: str, now_ns: int) -> None:
         """The launcher's verdict; it becomes the run's status once every record is stored."""
-        self.verdict = (status, detail)
+        self.verdict = self._effects.verdict = (status, detail)
         self.verdict_ns = now_ns
 
     @property
@@ -739,7 +745,8 @@ class Pipeline:
         self.params = {name: (value, -1) for name, value in restored.params.items()}
         self._emitted_to = dict(restored.emitted_to)
         self.verdict = restored.verdict
-        self.is_closed = restored.verdict is not None
+        self.verdict_ns = now_ns
+        self.is_closed = restored.is_closed
         for attempt_row in restored.attempts:
             self.attempts[attempt_row.attempt] = _Attempt(
                 number=attempt_row.attempt,

@@ -106,13 +106,14 @@ class RunStore:
             self._writer(row, schemas, drops)
             for row in self._db.execute(
                 "SELECT writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, boot_id, "
-                "started_unix_ns, next_seq, step, state, exit_code, signal, detail, ended_unix_ns FROM writers "
+                "started_unix_ns, next_seq, step, state, is_reduced, finish_status, exit_code, signal, detail, ended_unix_ns FROM writers "
                 "ORDER BY writer_id"
             ).fetchall()
         ]
-        status = self.status
+        status, verdict = self.status, self._meta(schema.META_VERDICT)
         return Restored(
-            verdict=None if status["status"] == "running" else (status["status"], status["detail"]),
+            verdict=(str(verdict[0]), str(verdict[1])) if verdict and verdict[0] else None,
+            is_closed=status["status"] != "running",
             writers=writers,
             attempts=attempts,
             keys=[
@@ -133,8 +134,8 @@ class RunStore:
     def _writer(
         row: tuple[Any, ...], schemas: Mapping[int, dict[int, tuple[str, ...]]], drops: Mapping[int, dict[str, int]]
     ) -> Writer:
-        (writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, boot, started,
-         next_seq, step, state, exit_code, signal, detail, ended) = row  # fmt: skip
+        (writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, boot, started, next_seq,
+         step, state, is_reduced, finish_status, exit_code, signal, detail, ended) = row  # fmt: skip
         has_ended = state in ("finished", "died")
         return Writer(
             writer_id=writer_id,
@@ -152,12 +153,12 @@ class RunStore:
                 is_alive=not has_ended,
             ),
             attempt=attempt,
-            is_reduced=state != "duplicate",
+            is_reduced=bool(is_reduced),
             next_seq=next_seq,
             last_seq=next_seq if has_ended else None,
             state=state,
-            said_finish=state == "finished",
-            finish_status="finished" if state == "finished" else "",
+            said_finish=bool(finish_status),
+            finish_status=finish_status,
             detail=detail,
             exit_code=exit_code,
             signal=signal,
@@ -227,6 +228,8 @@ class RunStore:
                 names = ", ".join(("id", *row._fields))
                 marks = ", ".join("?" * (len(row) + 1))
                 db.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", (self._take_ids(1), *row))
+        if effects.verdict is not None:
+            self._put_meta(schema.META_VERDICT, effects.verdict)
         if effects.status is not None:
             status, detail = effects.status
             ended = None if status == "running" else time_unix_ns
@@ -236,9 +239,10 @@ class RunStore:
         info = writer.info
         self._db.execute(
             "INSERT INTO writers (writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, "
-            "boot_id, started_unix_ns, next_seq, step, state, exit_code, signal, detail, ended_unix_ns) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (writer_id) DO UPDATE SET "
+            "boot_id, started_unix_ns, next_seq, step, state, is_reduced, finish_status, exit_code, signal, detail, "
+            "ended_unix_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (writer_id) DO UPDATE SET "
             "next_seq = excluded.next_seq, step = excluded.step, state = excluded.state, "
+            "finish_status = excluded.finish_status, "
             "exit_code = excluded.exit_code, signal = excluded.signal, detail = excluded.detail, "
             "ended_unix_ns = excluded.ended_unix_ns",
             (
@@ -256,6 +260,8 @@ class RunStore:
                 writer.next_seq,
                 None if writer.step == NO_STEP else writer.step,
                 writer.state,
+                int(writer.is_reduced),
+                writer.finish_status,
                 writer.exit_code,
                 writer.signal,
                 writer.detail,
@@ -335,6 +341,8 @@ class RunStore:
             return
         values = [None if isinstance(value, float) and value != value else value for value in values]
         old = list(known[4:-2])
+        if values[1] < old[1]:  # derived from a rank log whose oldest files are gone
+            return
         if values[:1] + values[1:2] + values[3:] == old[:1] + old[1:2] + old[3:]:  # all but `expected`
             return
         values[2] = max(values[2], old[2])

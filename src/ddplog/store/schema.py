@@ -57,6 +57,8 @@ CREATE TABLE IF NOT EXISTS writers (
     next_seq INTEGER NOT NULL DEFAULT 0,
     step INTEGER,
     state TEXT NOT NULL DEFAULT 'running',
+    is_reduced INTEGER NOT NULL DEFAULT 1,
+    finish_status TEXT NOT NULL DEFAULT '',
     exit_code INTEGER,
     signal INTEGER,
     detail TEXT NOT NULL DEFAULT '',
@@ -109,5 +111,6 @@ META_RUN: Final = "run"  # {"run_id", "project", "name", "tags", "config", "crea
 META_STORE_UUID: Final = "store_uuid"  # hex
 META_NEXT_ID: Final = "next_id"  # the next emission id
 META_STATUS: Final = "status"  # {"status", "detail", "ended_unix_ns"}
+META_VERDICT: Final = "verdict"  # [status, detail] the launcher gave; the status once everything is stored
 META_RANK_LOG: Final = "rank_log"  # {"end": [file_no, offset], "replay_from": [file_no, offset]}
 META_WATERMARK: Final = "watermark"  # {attempt: step}
