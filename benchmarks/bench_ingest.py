@@ -51,7 +51,9 @@ def declare(folder: Path, run_id: str) -> Any:
         created_unix_ns=time.time_ns(), launcher_pid=0, launcher="python", node_rank=0, settings=_SETTINGS,
     )  # fmt: skip
     job = root / run_id
-    return job, spool.declare_job(job, info)
+    info = spool.declare_job(job, info)
+    (job / "spawn.lock").touch(0o600)  # what the rank that starts an agent makes
+    return job, info
 
 
 def start_helper(module: str, job: Path) -> subprocess.Popen[bytes]:
@@ -124,13 +126,13 @@ def encode_node(node: Node, ranks: range, world_size: int, num_batches: int, ste
             frames = []
             if batch == 0:
                 frames.append(encode_message(KIND_SCHEMA, 0, NO_STEP, now, {"id": 1, "keys": KEYS}, 7))
-            for step in range(batch * steps_per_batch, (batch + 1) * steps_per_batch):
-                frames.append(encode_scalars(1, step + 1, step, now, 1.0, values[rank], 7))
+            steps = range(batch * steps_per_batch, (batch + 1) * steps_per_batch)
+            frames += [encode_scalars(1, step + 1, step, now, 1.0, values[rank], 7) for step in steps]
             payload = b"".join(frames)
             message = codec.encode_batch(names[rank], first, len(frames), payload, 7)
             node.queue.append((message, len(payload)))
             node.sizes.setdefault(names[rank], deque()).append((first + len(frames), len(payload)))
-    node.totals = {name: num_batches * steps_per_batch + 1 for name in names.values()}
+    node.totals = dict.fromkeys(names.values(), num_batches * steps_per_batch + 1)
     node.acked = dict.fromkeys(node.totals, 0)
     return [
         pb.Writer(
@@ -152,7 +154,9 @@ def play(job: Path, run_id: str, ranks: int, num_batches: int, steps_per_batch: 
     for first in range(0, ranks, _RANKS_PER_NODE):
         node = Node(first // _RANKS_PER_NODE, secret)
         mine = range(first, min(ranks, first + _RANKS_PER_NODE))
-        hellos.append(codec.encode_hello(run_id, node.name, encode_node(node, mine, ranks, num_batches, steps_per_batch)))
+        hellos.append(
+            codec.encode_hello(run_id, node.name, encode_node(node, mine, ranks, num_batches, steps_per_batch))
+        )
         nodes.append(node)
     result.put("encoded")
     word = common.wait_until(lambda: read_announcement(job), 60, "the aggregator's address")
@@ -212,7 +216,7 @@ def aggregator_alone(folder: Path, ranks: int, num_batches: int, steps_per_batch
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     result = context.Queue()
-    client = context.Process(target=play, args=(job, run_id, ranks, num_batches, steps_per_batch, result))
+    client = context.Process(target=play, args=(job, run_id, ranks, num_batches, steps_per_batch, result), daemon=True)
     client.start()
     result.get(timeout=600)  # encoded
     aggregator = start_helper("ddplog.aggregator.process", job)
@@ -237,7 +241,9 @@ def aggregator_alone(folder: Path, ranks: int, num_batches: int, steps_per_batch
 # -- agent and aggregator
 
 
-def feed(job: Path, ranks: list[int], world_size: int, steps: int, interval_s: float, go: Any, done: Any, up: Any) -> None:
+def feed(
+    job: Path, ranks: list[int], world_size: int, steps: int, interval_s: float, go: Any, done: Any, up: Any
+) -> None:
     """Be several ranks: write a journal for each, all at once or a step every interval_s, and hold their locks."""
     from ddplog.journal import spool
     from ddplog.journal.writer import JournalFullError, JournalWriter
@@ -289,7 +295,8 @@ def agent_and_aggregator(folder: Path, ranks: int, steps: int, interval_s: float
     go, done, up = context.Event(), context.Event(), context.Barrier(3)
     parts = [list(range(ranks))[i::2] for i in range(2)]
     feeders = [
-        context.Process(target=feed, args=(job, part, ranks, steps, interval_s, go, done, up)) for part in parts
+        context.Process(target=feed, args=(job, part, ranks, steps, interval_s, go, done, up), daemon=True)
+        for part in parts
     ]
     for feeder in feeders:
         feeder.start()
@@ -298,7 +305,7 @@ def agent_and_aggregator(folder: Path, ranks: int, steps: int, interval_s: float
     word = common.wait_until(lambda: read_announcement(job), 60, "the aggregator's address")
     readers = [JournalReader(path) for path in job.iterdir() if (path / "head").exists()]
     if interval_s:
-        common.wait_until(lambda: all((info.run_dir / "run.db").exists() for _ in "x"), 60, "the store")
+        common.wait_until((info.run_dir / "run.db").exists, 60, "the store")
         time.sleep(1.0)  # connected and idle: what follows is the cost of the records
     pids = {"agent": agent.pid, "aggregator": word["pid"]}
     before = {name: common.cpu_s(pid) for name, pid in pids.items()}
@@ -365,7 +372,7 @@ def latency(folder: Path, who: str, steps: int, learned_step: int) -> dict[str, 
     env.update(DDPLOG_SPOOL=str(folder / "spool"), DDPLOG_DIR=str(folder / "runs"))
     job = subprocess.Popen([sys.executable, "-c", _LAUNCHER, _RANK, run_id, str(steps), who], env=env)
     run_dir = folder / "runs" / run_id
-    common.wait_until(lambda: (run_dir / "control.json").exists(), 60, "the aggregator")
+    common.wait_until((run_dir / "control.json").exists, 60, "the aggregator")
     reader = EmissionReader(run_dir)
     cursor, seen, delays = 0, 0, []
     counts: set[tuple[int, int]] = set()
@@ -385,7 +392,13 @@ def latency(folder: Path, who: str, steps: int, learned_step: int) -> dict[str, 
     reader.close()
     code = job.wait(60)
     common.wait_until(lambda: not (run_dir / "control.json").exists(), 60, "the aggregator's end")
-    return {**common.spread(delays), "points": seen, "points_wanted": steps, "n_expected": sorted(counts), "exit_code": code}
+    return {
+        **common.spread(delays),
+        "points": seen,
+        "points_wanted": steps,
+        "n_expected": sorted(counts),
+        "exit_code": code,
+    }
 
 
 # -- everything
@@ -440,16 +453,30 @@ def report(results: dict[str, Any]) -> None:
             ]  # fmt: skip
             both.append(common.Row(f"{what}{pace}, {found['ranks']} ranks x {len(KEYS)}", figures))
     if both:
-        columns = ("values/s", "per aggr. CPU s", "agent cores", "aggr. cores", "agent MiB", "aggr. MiB", "store complete")
+        columns = (
+            "values/s",
+            "per aggr. CPU s",
+            "agent cores",
+            "aggr. cores",
+            "agent MiB",
+            "aggr. MiB",
+            "store complete",
+        )
         common.show("Agent and aggregator, and the ranks, on the same cores", columns, both)
     delays = []
     for name, what in (("latency_all", "4 ranks, all log"), ("latency_zero", "4 ranks, rank 0 logs, once learned")):
         if name in results:
             found = results[name]
-            figures = [*(f"{found[key]:.0f}" for key in ("p50", "p99", "max")), f"{found['points']}", str(found["n_expected"])]
+            figures = [
+                *(f"{found[key]:.0f}" for key in ("p50", "p99", "max")),
+                f"{found['points']}",
+                str(found["n_expected"]),
+            ]
             delays.append(common.Row(what, figures, f"p50 ≤ {_LATENCY_BUDGET_MS}", found["p50"] <= _LATENCY_BUDGET_MS))
     if delays:
-        common.show("From log() to the store, at 20 steps/s, ms", ("p50", "p99", "max", "points", "(n, expected)"), delays)
+        common.show(
+            "From log() to the store, at 20 steps/s, ms", ("p50", "p99", "max", "points", "(n, expected)"), delays
+        )
 
 
 def main() -> None:

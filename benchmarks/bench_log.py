@@ -36,13 +36,13 @@ def floors() -> dict[str, Callable[[int], Any]]:
     pack_into = struct.Struct("<10d").pack_into
     queue: deque[list[float]] = deque(maxlen=1000)
 
-    def nothing(step: int) -> None:
+    def nothing(_step: int) -> None:
         pass
 
-    def append(step: int) -> None:
+    def append(_step: int) -> None:
         queue.append(values)
 
-    def pack(step: int) -> None:
+    def pack(_step: int) -> None:
         pack_into(area, 64, *values)
 
     return {"empty call": nothing, "deque.append": append, "struct.pack_into, 10 values": pack}
@@ -146,7 +146,9 @@ def measure(folder: Path, options: Any) -> dict[str, Any]:
         results["tight"][name] = common.spread(times)
     for name, times in tight({k: v for k, v in calls.items() if k not in main}, count // 5).items():
         results["tight"][name] = common.spread(times)
-    for name, times in cold({"struct.pack_into, 10 values": bare["struct.pack_into, 10 values"], **main}, num_cold, count).items():
+    for name, times in cold(
+        {"struct.pack_into, 10 values": bare["struct.pack_into, 10 values"], **main}, num_cold, count
+    ).items():
         results["cold"][name] = common.spread(times)
     results["drops"] = dict(run.drops)
     start = time.perf_counter()

@@ -22,6 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
+from rich.table import Table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -30,9 +33,6 @@ try:
 except ModuleNotFoundError:
     sys.path.insert(0, str(ROOT / "src"))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-from rich.console import Console
-from rich.table import Table
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PACKAGES = ("numpy", "torch", "pyzmq", "protobuf", "grpcio")
@@ -92,7 +92,9 @@ def _commit() -> str | None:
 def parser(description: str) -> argparse.ArgumentParser:
     """Make the parser every benchmark begins with."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--quick", action="store_true", help="a few seconds, to see that it works; the figures mean nothing")
+    made.add_argument(
+        "--quick", action="store_true", help="a few seconds, to see that it works; the figures mean nothing"
+    )
     made.add_argument("--out", type=Path, help="the JSON file; default benchmarks/results/<name>.json")
     return made
 

@@ -156,8 +156,10 @@ def _read_file(start: Path) -> tuple[Path | None, Mapping[str, Any]]:
             return candidate, _load_toml(candidate)
         candidate = folder / "pyproject.toml"
         if candidate.is_file():
-            tool = _load_toml(candidate).get("tool", {})
-            if "ddplog" in tool:
+            tool = _load_toml(candidate).get("tool")
+            if isinstance(tool, Mapping) and "ddplog" in tool:
+                if not isinstance(tool["ddplog"], Mapping):
+                    raise ConfigError(f"{candidate}: tool.ddplog", tool["ddplog"], "must be a table of settings")
                 return candidate, tool["ddplog"]
     return None, {}
 
@@ -170,7 +172,7 @@ def _load_toml(path: Path) -> Mapping[str, Any]:
     try:
         table: Mapping[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         return table
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as exc:
         raise ConfigError(str(path), "unreadable", f"must be TOML: {exc}") from exc
 
 

@@ -171,11 +171,18 @@ class Job:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-        helpers = _with_children(filter(None, [self.agent_pid(), self.aggregator_pid()]))
+        helpers = [p for p in _with_children(filter(None, [self.agent_pid(), self.aggregator_pid()])) if self._owns(p)]
         for process in helpers:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         wait_until(lambda: not any(map(_lives, helpers)))
+
+    def _owns(self, process: psutil.Process) -> bool:
+        """Whether it is a helper of this job: a pid out of a file may be of another PID namespace."""
+        try:
+            return any(str(self.folder) in word for word in process.cmdline())
+        except psutil.NoSuchProcess:
+            return False
 
     def __repr__(self) -> str:
         return f"<Job {self.folder} agent={self.agent_pid()} aggregator={self.aggregator_pid()}>"

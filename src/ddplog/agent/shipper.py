@@ -26,15 +26,18 @@ BATCH_BYTES: Final = 256 * 1024
 RESEND_NS: Final = 5_000_000_000
 HEARTBEAT_NS: Final = 250_000_000
 SYNC_NS: Final = 500_000_000
-DEATH_CHECK_NS: Final = 100_000_000
+DEATH_CHECK_NS: Final = 20_000_000
+"""torchrun looks every 100 ms and then ends the other ranks: who died first must have been seen by then."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Tracked:
     """A journal and what is known of its delivery."""
 
     reader: JournalReader
     is_alive: bool = True
+    died_ns: int = 0
+    """When its death was seen."""
     is_welcome: bool = False
     """The aggregator has said from where to send."""
     acked_seq: int = 0
@@ -77,6 +80,7 @@ class Shipper:
         self.tracked: dict[bytes, Tracked] = {}
         self._known: set[str] = set()
         self._is_hello_due = False
+        self._hello_ns = 0
         self._heartbeat_ns = 0
         self._sync_ns = 0
         self._death_ns = 0
@@ -119,6 +123,7 @@ class Shipper:
         for tracked in self.tracked.values():
             if tracked.is_alive and not tracked.reader.is_alive:
                 tracked.is_alive = False
+                tracked.died_ns = now_ns
                 self._is_hello_due = True
 
     # -- messages in
@@ -185,16 +190,22 @@ class Shipper:
 
     def outgoing(self, now_ns: int) -> Iterator[bytes]:
         """Yield what is to be sent now; a message that could not be sent is regained by the next Welcome."""
-        if self._is_hello_due and self.tracked:
+        if self.tracked and (self._is_hello_due or self._is_unanswered(now_ns)):
             self._is_hello_due = False
+            self._hello_ns = now_ns
             yield codec.encode_hello(self.run_id, self.node_id, [_writer(t) for t in self.tracked.values()])
         yield from self._batches(now_ns)
+
+    def _is_unanswered(self, now_ns: int) -> bool:
+        """Whether a Hello, or its Welcome, was lost with a full queue: nothing else would ever ask for it again."""
+        return now_ns - self._hello_ns > RESEND_NS and not all(t.is_welcome for t in self.tracked.values())
 
     def _batches(self, now_ns: int) -> Iterator[bytes]:
         ready = [tracked for tracked in self.tracked.values() if tracked.is_welcome and not tracked.is_done]
         total = sum(tracked.in_flight for tracked in ready)
         self._turn += 1
         self.has_more = False
+        read: list[Tracked] = []
         for index in range(len(ready)):
             tracked = ready[(index + self._turn) % len(ready)]
             if tracked.in_flight and now_ns - tracked.sent_ns > RESEND_NS:
@@ -215,10 +226,22 @@ class Shipper:
                     tracked.incarnation, chunk.first_seq, chunk.num_records, chunk.payload, chunk.epoch
                 )
             elif not was_alive and tracked.bye_seq is None:
-                tracked.bye_seq = tracked.reader.next_seq
-                yield self._heartbeat(is_over=False)  # its last drops, before the run may close
-                yield codec.encode_bye(tracked.incarnation, tracked.bye_seq, finished=tracked.reader.has_finished)
-                self._note_acked(tracked, tracked.acked_seq)
+                read.append(tracked)
+        yield from self._ends(read)
+
+    def _ends(self, read: list[Tracked]) -> Iterator[bytes]:
+        """Tell the ends of dead ranks that are read to the end, in the order of the deaths: the run names the first.
+
+        Of deaths that were seen together, in the order of the last records: the others logged on until they missed it.
+        """
+        unread = [t.died_ns for t in self.tracked.values() if not t.is_alive and t.bye_seq is None and t not in read]
+        for tracked in sorted(read, key=lambda t: (t.died_ns, t.reader.last_time_unix_ns)):
+            if any(died_ns <= tracked.died_ns for died_ns in unread):
+                return
+            tracked.bye_seq = tracked.reader.next_seq
+            yield self._heartbeat(is_over=False)  # its last drops, before the run may close
+            yield codec.encode_bye(tracked.incarnation, tracked.bye_seq, finished=tracked.reader.has_finished)
+            self._note_acked(tracked, tracked.acked_seq)
 
     def heartbeat(self, now_ns: int, *, is_over: bool) -> bytes | None:
         """Return a Heartbeat if one is due."""

@@ -94,7 +94,8 @@ class Aggregator:
             "control": control,
         }
         write_atomic(self.folder / "aggregator.json", json.dumps(word).encode())
-        write_atomic(self.job.run_dir / "control.json", json.dumps({"socket": control, "pid": os.getpid()}).encode())
+        live = {"socket": control, "pid": os.getpid(), "start_ticks": _start_ticks()}
+        write_atomic(self.job.run_dir / "control.json", json.dumps(live).encode())
 
     def _replay(self, now: int) -> None:
         for position, writer_id, first_seq, payload in self.store.entries(self.store.replay_from):
@@ -107,8 +108,10 @@ class Aggregator:
         """Serve until the run has ended and every forwarder has."""
         signal.signal(signal.SIGTERM, self._stop)
         while True:
-            for received in self.router.poll(_POLL_MS):
-                self._handle(received.routing_id, received.node_id, received.data)
+            messages = self.router.poll(_POLL_MS)
+            now, wall = time.monotonic_ns(), time.time_ns()
+            for received in messages:
+                self._handle(received.routing_id, received.node_id, received.data, now, wall)
             self._hear()
             now = time.monotonic_ns()
             if self._is_commit_due(now):
@@ -125,18 +128,18 @@ class Aggregator:
     def _is_commit_due(self, now: int) -> bool:
         return now - self._committed_ns >= _COMMIT_NS or self._pending_bytes >= _COMMIT_BYTES
 
-    def _handle(self, routing_id: bytes, node_id: str, data: bytes) -> None:
-        now, wall = time.monotonic_ns(), time.time_ns()
+    def _handle(self, routing_id: bytes, node_id: str, data: bytes, now: int, wall: int) -> None:
         try:
             message = codec.decode(data)
-            if isinstance(message, pb.Hello):
-                self._hello(routing_id, node_id, message, now, wall)
-            elif isinstance(message, pb.Batch):
+            if isinstance(message, pb.Batch):
                 self._batch(routing_id, node_id, message, now, wall)
+            elif isinstance(message, pb.Hello):
+                self._hello(routing_id, node_id, message, now, wall)
             elif isinstance(message, pb.Heartbeat):
                 self._heartbeat(node_id, message, now)
             elif isinstance(message, pb.Bye):
-                self.pipeline.bye(message.incarnation, message.next_seq, now, wall)
+                # A time of its own: the run's status names the rank whose end is the first.
+                self.pipeline.bye(message.incarnation, message.next_seq, now, time.time_ns())
         except (RemoteProtocolError, ValueError) as exc:
             _logger.warning("dropped a message of node %s: %s", node_id, exc)
 
@@ -292,6 +295,14 @@ class Aggregator:
 
     def __repr__(self) -> str:
         return f"<Aggregator {self.job.run_id} {self.pipeline!r} {self.store!r}>"
+
+
+def _start_ticks() -> int:
+    """Return when this process started, clock ticks since boot: a pid alone may be another process's by now, or be one
+    of another PID namespace, where every container has the same small numbers.
+    """
+    text = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
+    return int(text[text.rindex(")") + 2 :].split()[19])
 
 
 def _run_row(job: JobInfo) -> dict[str, object]:

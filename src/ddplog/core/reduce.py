@@ -132,9 +132,8 @@ def ordered_sum(x: F64) -> F64:
     columns pairwise, with other rounding, so that a point would depend on how many were reduced together.
     """
     x = np.ascontiguousarray(x)  # x[:, index] is laid out column by column
-    if x.shape[1] == 1:
-        return np.asarray(np.add.accumulate(x, axis=0)[-1])
-    return np.asarray(np.add.reduce(x, axis=0))
+    total = np.add.accumulate(x, axis=0)[-1] if x.shape[1] == 1 else np.add.reduce(x, axis=0)
+    return np.asarray(total + 0.0)  # no -0.0: reduce() begins with 0, accumulate() with the first row
 
 
 def _last(x: F64, finite: Bool, times: I64, num_keys: int, selected: I64) -> F64:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddplog.core.records import NO_STEP, scan
+from ddplog.core.records import NO_STEP, PREFIX, scan
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal import segment as layout
 
@@ -73,6 +73,8 @@ class JournalReader:
         self._offset = layout.SEGMENT_HEADER_BYTES
         self.next_seq = 0
         """The seq of the next frame to read."""
+        self.last_time_unix_ns = 0
+        """When the newest frame read was written."""
 
     # -- the head page
 
@@ -143,6 +145,7 @@ class JournalReader:
             payload=bytes(segment.view[start:end]),
             epoch=segment.epoch,
         )
+        self.last_time_unix_ns = PREFIX.unpack_from(segment.view, offset)[6]
         self._offset = end
         self.next_seq += count
         return chunk

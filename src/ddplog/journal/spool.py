@@ -14,7 +14,8 @@
 
 The job key names the launching process, so that two jobs on one node never meet and a restarted worker comes
 back to its run: `DDPLOG_JOB` where `ddplog run` set it, else a hash of user, boot id, pid namespace and the
-launcher's pid and start time. The launcher is the nearest ancestor that does not carry the rank variables.
+launcher's pid and start time. The launcher is the nearest ancestor that does not carry the variables that it gives
+its ranks: those of the innermost launcher, since a torchrun in a batch job has SLURM's rank variables itself.
 """
 
 from __future__ import annotations
@@ -57,7 +58,18 @@ RANK_VARIABLES: Final = (
     "HOROVOD_RANK",
     "SLURM_PROCID",
     "MV2_COMM_WORLD_RANK",
+    "JSM_NAMESPACE_RANK",
 )
+_INNERMOST: Final = (
+    "TORCHELASTIC_RUN_ID",
+    "HOROVOD_RANK",
+    "CROSS_RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "JSM_NAMESPACE_RANK",
+)
+"""What only a launcher's own ranks carry, in the order of worker/identity.py: where one is there, it alone counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,29 +175,35 @@ def job_key(environ: Mapping[str, str], *, has_launcher: bool) -> tuple[str, int
     if given:
         return given, os.getppid()
     seen = int(os.readlink("/proc/self"))  # our pid as /proc's mount shows it, which may be an outer namespace's
-    anchor = _launcher(seen) if has_launcher else seen
+    anchor = _launcher(seen, _marks(environ)) if has_launcher else seen
     start = _stat_fields(anchor)[19]
     namespace = os.readlink("/proc/self/ns/pid")
     identity = f"{os.getuid()}:{boot_id()}:{namespace}:{anchor}:{start}"
-    pid = os.getppid() if has_launcher else 0
+    pid = 0
+    if has_launcher:  # a shell around one rank is not the launcher, but the next best where pids are another namespace's
+        pid = anchor if seen == os.getpid() else os.getppid()
     return hashlib.sha256(identity.encode()).hexdigest()[:16], pid
 
 
-def _launcher(pid: int) -> int:
+def _marks(environ: Mapping[str, str]) -> tuple[str, ...]:
+    return next(((name,) for name in _INNERMOST if name in environ), RANK_VARIABLES)
+
+
+def _launcher(pid: int, marks: tuple[str, ...]) -> int:
     while True:
         parent = int(_stat_fields(pid)[1])
-        if parent <= 1 or not _carries_rank(parent):
+        if parent <= 1 or not _carries(parent, marks):
             return parent if parent > 0 else pid
         pid = parent
 
 
-def _carries_rank(pid: int) -> bool:
+def _carries(pid: int, marks: tuple[str, ...]) -> bool:
     try:
         entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return False
     names = {entry.partition(b"=")[0].decode(errors="replace") for entry in entries}
-    return any(name in names for name in RANK_VARIABLES)
+    return any(name in names for name in marks)
 
 
 def _stat_fields(pid: int) -> list[str]:

@@ -43,6 +43,8 @@ _MAX_DEFERRED: Final = 10_000
 _CHECK_NS: Final = 1_000_000_000
 _RETRY_NS: Final = 1_000_000_000
 _SMALLEST_SEGMENT: Final = 64 * 1024
+_LAST_BYTES: Final = 4096
+"""Kept free in every segment for the last record."""
 _ORDER: Final = "@" if sys.byteorder == "little" else "<"
 _NUMBERS: Final = (float, int)
 _INFINITY: Final = float("inf")
@@ -114,6 +116,7 @@ class JournalWriter:
         self._seq = 0
         self._offset = 0
         self._limit = 0
+        self._size = 0
         self._epoch = 0
         self._segment: mmap.mmap | None = None
         self._view = memoryview(b"")
@@ -247,6 +250,13 @@ class JournalWriter:
         self._seq += 1
         self._offset += len(frame)
 
+    def append_last(self, message: Mapping[str, Any]) -> None:
+        """Append the record after which nothing comes: every segment keeps room for it, so that a full disk does not
+        make a normal end look like a death. Otherwise as append_message().
+        """
+        self._limit = self._size
+        self.append_message(message)
+
     def _declare(self, keys: tuple[str, ...]) -> Schema:
         schema = Schema(len(self._schemas) + 1, len(keys))
         self.append_message({"id": len(self._schemas) + 1, "keys": keys}, kind=KIND_SCHEMA)
@@ -280,7 +290,8 @@ class JournalWriter:
             raise
 
     def _roll(self, at_least: int = 0) -> None:
-        size = max(self._segment_bytes, at_least + layout.SEGMENT_HEADER_BYTES)
+        least = layout.SEGMENT_HEADER_BYTES + at_least + _LAST_BYTES
+        size = max(self._segment_bytes, least)
         numbers = layout.segment_numbers(str(self.folder))
         if self._number and len(numbers) * self._segment_bytes + size > self._spool_bytes:
             raise JournalFullError("spool_full")
@@ -294,7 +305,7 @@ class JournalWriter:
                 if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise JournalFullError("io_error") from exc
                 size //= 4
-                if size < max(_SMALLEST_SEGMENT, at_least + layout.SEGMENT_HEADER_BYTES):
+                if size < max(_SMALLEST_SEGMENT, least):
                     raise JournalFullError("disk_full") from exc
         try:
             mapping = mmap.mmap(descriptor, size)
@@ -307,7 +318,7 @@ class JournalWriter:
         path.with_suffix(".new").rename(path)
         self._segment, self._view, self._epoch = mapping, memoryview(mapping), epoch
         self._number += 1
-        self._offset, self._limit = layout.SEGMENT_HEADER_BYTES, size
+        self._offset, self._limit, self._size = layout.SEGMENT_HEADER_BYTES, size - _LAST_BYTES, size
 
     # -- the head page
 

@@ -376,7 +376,7 @@ class Run:
             pid, socket = int(control["pid"]), str(control["socket"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return socket if _is_alive(pid) else None
+        return socket if _is_alive(pid, control.get("start_ticks")) else None
 
     def _status(self) -> tuple[str, str, datetime | None]:
         said = self._meta().get(META_STATUS) or {}
@@ -727,13 +727,14 @@ def _read_sink(path: Path) -> SinkState:
         return SinkState(name=path.parent.name, state="unreadable", cursor=0, lag=0, detail=detail, time_unix_ns=0)
 
 
-def _is_alive(pid: int) -> bool:
-    """Tell whether a process runs; one that is dead and not waited for does not."""
+def _is_alive(pid: int, start_ticks: int | None) -> bool:
+    """Tell whether a process runs: one that is dead and not waited for does not, and another of that pid is not it."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return text[text.rindex(")") + 2 :][:1] not in ("Z", "X")
+    fields = text[text.rindex(")") + 2 :].split()
+    return fields[0] not in ("Z", "X") and start_ticks in (None, int(fields[19]))
 
 
 def _columns(rows: Sequence[Sequence[Any]]) -> MetricColumns:

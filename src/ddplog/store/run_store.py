@@ -54,6 +54,7 @@ class RunStore:
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
+            os.close(self._lock)
             raise ConfigError("run_id", run_dir.name, "another aggregator is writing this run") from exc
         self._db = sqlite3.connect(run_dir / "run.db", isolation_level=None)
         os.chmod(run_dir / "run.db", 0o600)
@@ -71,18 +72,20 @@ class RunStore:
             self._put_meta(schema.META_STATUS, {"status": "running", "detail": "", "ended_unix_ns": None})
             self._db.execute("COMMIT")
         elif version != schema.FORMAT_VERSION:
+            self._db.close()
+            os.close(self._lock)
             raise ConfigError("run_id", run_dir.name, f"its store has format {version}, this ddplog writes format 1")
         self.uuid = bytes.fromhex(self._meta(schema.META_STORE_UUID))
         self._next_id = int(self._meta(schema.META_NEXT_ID))
-        self._emitted_to: dict[tuple[int, int], int] = {}
-        for attempt, key_id, step in self._db.execute(
-            "SELECT attempt, key_id, MAX(step) FROM points GROUP BY key_id, attempt"
-        ).fetchall():
-            self._emitted_to[attempt, key_id] = step
+        self._emitted_to = self._read_emitted_to()
         places = self._meta(schema.META_RANK_LOG) or {"end": [1, 0], "replay_from": [1, 0]}
         self.replay_from = Position(*places["replay_from"])
         self.rank_log = RankLog(run_dir / "ranks", Position(*places["end"]))
         self.num_points = self._next_id - 1
+
+    def _read_emitted_to(self) -> dict[tuple[int, int], int]:
+        sql = "SELECT attempt, key_id, MAX(step) FROM points GROUP BY key_id, attempt"
+        return {(attempt, key_id): step for attempt, key_id, step in self._db.execute(sql).fetchall()}
 
     # -- restart
 
@@ -188,9 +191,9 @@ class RunStore:
             StoreError: Nothing of the effects has been stored.
         """
         before = self.rank_log.end
-        next_id = self._next_id
+        next_id, num_points = self._next_id, self.num_points
         try:
-            positions = [self.rank_log.append(**entry._asdict()) for entry in effects.log]
+            positions = self.rank_log.extend(effects.log)
             if positions:
                 self.rank_log.sync()
             self._db.execute("BEGIN IMMEDIATE")
@@ -200,12 +203,15 @@ class RunStore:
             self._put_meta(schema.META_RANK_LOG, place)
             self._put_meta(schema.META_NEXT_ID, self._next_id)
             self._db.execute("COMMIT")
-        except (OSError, sqlite3.Error) as exc:
+        except BaseException as exc:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self.rank_log.rewind(before)
-            self._next_id = next_id
-            raise StoreError(f"{self.run_dir}: {exc}") from exc
+            self._next_id, self.num_points = next_id, num_points
+            self._emitted_to = self._read_emitted_to()
+            if isinstance(exc, (OSError, sqlite3.Error)):
+                raise StoreError(f"{self.run_dir}: {exc}") from exc
+            raise
 
     def _write(self, effects: Effects, time_unix_ns: int) -> None:
         db = self._db

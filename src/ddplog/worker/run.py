@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 import warnings
 from collections import deque
@@ -31,6 +32,7 @@ _MAX_LATER: Final = 1000
 _STATUSES: Final = ("finished", "failed", "killed", "preempted")
 _MAX_KEYS_PER_RECORD: Final = 512
 """So that the record that declares them, 250 bytes a name at most, is well below the limit of a record."""
+_PERCENTILE: Final = re.compile(r"p([0-9]{1,2}(\.[0-9]+)?|100)")  # as core/reduce.py has it, which imports numpy
 _REDUCTIONS: Final = ("mean", "sum", "min", "max", "last", "std", "median", "rss", "none")
 
 
@@ -60,7 +62,7 @@ class Run:
         self._exit_wait_s = exit_wait_s
         self._max_keys = max_keys
         self._keys: set[str] = set()
-        self._calls: dict[tuple[str, ...], int] = {}
+        self._calls: dict[frozenset[str], int] = {}
         self._warned: set[str] = set()
         self._pid = os.getpid()
         self._is_finished = False
@@ -190,8 +192,9 @@ class Run:
             return number
         if self._journal.ambient_step != NO_STEP:
             return self._journal.ambient_step
-        count = self._calls.get(names, 0)
-        self._calls[names] = count + 1
+        known = frozenset(names)
+        count = self._calls.get(known, 0)
+        self._calls[known] = count + 1
         return count
 
     def _refuse_closed(self, data: Mapping[str, Any]) -> None:
@@ -223,17 +226,20 @@ class Run:
             self._journal.leave()
             self._later.popleft()()
 
-    def _message(self, message: Mapping[str, Any], step: int = NO_STEP) -> None:
+    def _message(self, message: Mapping[str, Any], step: int = NO_STEP, *, is_last: bool = False) -> None:
         journal = self._journal
         if not journal.is_open:
             self._refuse_closed(message)
             return
         if not journal.enter():
-            self._put_aside(partial(self._message, message, step))
+            self._put_aside(partial(self._message, message, step, is_last=is_last))
             return
         reason, why = "", ""
         try:
-            journal.append_message(message, step)
+            if is_last:
+                journal.append_last(message)
+            else:
+                journal.append_message(message, step)
         except JournalFullError as exc:
             reason, why = exc.reason, "the journal's disk is full: it is dropped (counted)"
         except ValueError as exc:
@@ -277,7 +283,7 @@ class Run:
         Raises:
             UsageError: If the reduction is unknown: a mistake in the program, best seen at once.
         """
-        is_percentile = reduce[:1] == "p" and reduce[1:].replace(".", "", 1).isdigit() and float(reduce[1:]) <= 100
+        is_percentile = isinstance(reduce, str) and _PERCENTILE.fullmatch(reduce)
         if reduce not in _REDUCTIONS and not is_percentile:
             raise UsageError(f"reduce={reduce!r}: must be one of {', '.join(_REDUCTIONS)}, or a percentile such as p90")
         self._message({"type": "define", "pattern": str(pattern), "reduce": reduce, "replicated": bool(replicated)})
@@ -333,7 +339,7 @@ class Run:
         if self._is_finished:
             return
         self._is_finished = True
-        self._message({"type": "finish", "status": status, "detail": detail[:2000]})
+        self._message({"type": "finish", "status": status, "detail": detail[:2000]}, is_last=True)
         self._journal.close(finished=True)
         self._wait_stored()
 
@@ -400,7 +406,7 @@ class NullRun(Run):
     def finish(self, status: str = "finished", detail: str = "") -> None:
         """Do nothing."""
 
-    def _message(self, message: Mapping[str, Any], step: int = NO_STEP) -> None:
+    def _message(self, message: Mapping[str, Any], step: int = NO_STEP, *, is_last: bool = False) -> None:
         pass
 
     def log_text(self, key: str, text: str, step: int | None = None) -> None:

@@ -79,7 +79,8 @@ def _from_tensor(key: str, value: Any) -> float:
 
 def as_int(value: Any) -> int | None:
     """Return a whole number of any library as an int; None if it is not one, or not an int64."""
-    if isinstance(value, float):
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, float) or (numpy is not None and isinstance(value, numpy.floating)):
         number = int(value) if value.is_integer() else None
     else:
         try:

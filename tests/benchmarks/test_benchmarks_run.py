@@ -1,0 +1,55 @@
+"""Each benchmark runs from its command and says what it measured. What it measures is nobody's assertion."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.system
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+
+
+def run(name, tmp_path, *words):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("DDPLOG_", "SLURM_")) and k != "RANK"}
+    out = tmp_path / "out.json"
+    process = subprocess.run(
+        [sys.executable, str(FOLDER / name), "--quick", "--out", str(out), *words],
+        capture_output=True, text=True, timeout=110, env=clean, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr
+    document = json.loads(out.read_text())
+    assert document["is_quick"]
+    assert document["machine"]["cores"] >= 1
+    return process.stdout, document["results"]
+
+
+def test_bench_log(tmp_path):
+    shown, results = run("bench_log.py", tmp_path)
+
+    assert "struct.pack_into" in shown
+    assert results["tight"]["log, 10 floats"]["count"] == 2000
+    assert results["drops"] == {}
+    assert results["import_ms"]["heavy_modules"] == 0
+
+
+def test_bench_ingest(tmp_path):
+    shown, results = run("bench_ingest.py", tmp_path, "--ranks", "8", "--parts", "aggregator,blocks,paced")
+
+    assert "on one core" in shown
+    for name in ("aggregator_blocks", "aggregator_steps", "blocks", "paced"):
+        assert results[name]["store"]["complete"], results[name]
+        assert results[name]["exit_code"] == 0
+
+
+def test_bench_step(tmp_path):
+    pytest.importorskip("torch")
+    shown, results = run("bench_step.py", tmp_path)
+
+    assert "one by one" in shown
+    assert set(results["modes"]) == {"none", "ddplog", "stacked", "one by one"}
+    assert results["drops"] == {}
+    assert results["helpers"] == 2
