@@ -25,7 +25,9 @@ def refusal(folder, **sources):
     return caught.value
 
 
-@pytest.mark.parametrize("given", [SOURCES[:n] for n in range(5)] + [("pyproject.toml",), ("pyproject.toml", "argument")])
+@pytest.mark.parametrize(
+    "given", [SOURCES[:n] for n in range(5)] + [("pyproject.toml",), ("pyproject.toml", "argument")]
+)
 def test_the_strongest_source_wins_and_is_named(tmp_path, given):
     settings = resolve_in(
         tmp_path,
@@ -66,9 +68,11 @@ def test_every_setting_has_an_origin_and_can_be_given_by_its_variable(tmp_path):
 
     for name in names:
         value = getattr(defaults, name)
-        text = {"run_id": "r", "name": "n", "spool": "/s"}.get(name) or ",".join(value or ()) if isinstance(
-            value, (tuple, type(None))
-        ) else str(value)
+        text = (
+            {"run_id": "r", "name": "n", "spool": "/s"}.get(name) or ",".join(value or ())
+            if isinstance(value, (tuple, type(None)))
+            else str(value)
+        )
         settings = resolve_in(tmp_path, environ={f"DDPLOG_{name.upper()}": text})
         assert settings.origins[name] == f"DDPLOG_{name.upper()}", name
         assert getattr(settings, name) == (value if value is not None else text), name

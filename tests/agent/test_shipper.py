@@ -140,7 +140,9 @@ def test_hello_is_first_and_nothing_follows_before_the_welcome(node):
     (hello,) = node.out()
 
     assert (hello.run_id, hello.node_id) == ("r1", "5")
-    assert {w.incarnation: (w.rank, w.world_size, w.local_rank, w.node_rank, w.host, w.is_alive) for w in hello.writers} == {
+    assert {
+        w.incarnation: (w.rank, w.world_size, w.local_rank, w.node_rank, w.host, w.is_alive) for w in hello.writers
+    } == {
         one.incarnation: (0, 4, 0, 1, "h", True),
         two.incarnation: (3, 4, 3, 1, "h", True),
     }
@@ -582,7 +584,9 @@ class LossyAggregator:
         if isinstance(message, pb.Hello):
             for writer in message.writers:
                 self.stored.setdefault(writer.incarnation, [])
-            return codec.encode_welcome(UUID, [(w.incarnation, len(self.stored[w.incarnation]), 0) for w in message.writers])
+            return codec.encode_welcome(
+                UUID, [(w.incarnation, len(self.stored[w.incarnation]), 0) for w in message.writers]
+            )
         if isinstance(message, pb.Batch):
             stored = self.stored.get(message.incarnation)
             if stored is None:

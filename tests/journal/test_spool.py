@@ -362,7 +362,9 @@ except OSError:
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "f"
     write_atomic(path, b"old")
-    done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, env=CLEAN, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, env=CLEAN, check=True
+    )
 
     assert done.stdout == "refused\n"
     assert path.read_bytes() == b"old"

@@ -172,7 +172,9 @@ def test_one_call_is_one_record_of_all_its_numbers(run):
     assert repr(second) == repr(first)
 
 
-@pytest.mark.parametrize("value", ["text", None, 1j, [1.0], np.zeros(3), 10**400, object()], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value", ["text", None, 1j, [1.0], np.zeros(3), 10**400, object()], ids=lambda v: type(v).__name__
+)
 def test_a_bad_value_is_counted_and_the_others_of_the_call_are_kept(run, value):
     with warns("bad: "):
         run.log({"good": 1.0, "bad": value, "also": 2}, step=1)
@@ -182,7 +184,9 @@ def test_a_bad_value_is_counted_and_the_others_of_the_call_are_kept(run, value):
     assert run.drops == {"bad_value": 1}
 
 
-@pytest.mark.parametrize("data", [None, 5, "loss", [("loss", 1.0)], {"loss"}, np.zeros(2)], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "data", [None, 5, "loss", [("loss", 1.0)], {"loss"}, np.zeros(2)], ids=lambda v: type(v).__name__
+)
 def test_what_is_no_dict_is_counted(run, data):
     with warns("takes a dict"):
         run.log(data, step=1)
@@ -215,7 +219,9 @@ def test_a_weight_may_be_any_number_from_zero_up(run, weight, expected):
     assert dict(run.drops) == {}
 
 
-@pytest.mark.parametrize("weight", [math.nan, -1, -0.5, math.inf, "2", None, np.float64("nan"), np.zeros(2), 10**400], ids=repr)
+@pytest.mark.parametrize(
+    "weight", [math.nan, -1, -0.5, math.inf, "2", None, np.float64("nan"), np.zeros(2), 10**400], ids=repr
+)
 def test_a_bad_weight_is_counted_and_one_is_taken(run, weight):
     """The value is right; only what it counts for is not known. And NaN would spread to all ranks' mean."""
     run.log({"x": 1.0}, step=0)
@@ -312,7 +318,9 @@ def test_a_text_without_a_step_has_the_ambient_one(run):
 
 
 def test_params_are_flattened_and_what_is_no_json_becomes_text(run):
-    run.log_params({"lr": 0.1, "opt": {"name": "sgd", "nesterov": True, "none": None}, "shape": (1, 2), "np": np.int64(3)})
+    run.log_params(
+        {"lr": 0.1, "opt": {"name": "sgd", "nesterov": True, "none": None}, "shape": (1, 2), "np": np.int64(3)}
+    )
     run.log_params({})
 
     ((_, message),) = messages(run)
@@ -322,7 +330,9 @@ def test_params_are_flattened_and_what_is_no_json_becomes_text(run):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("reduce", ["mean", "sum", "min", "max", "last", "std", "median", "rss", "none", "p0", "p90", "p99.9", "p100"])
+@pytest.mark.parametrize(
+    "reduce", ["mean", "sum", "min", "max", "last", "std", "median", "rss", "none", "p0", "p90", "p99.9", "p100"]
+)
 def test_every_reduction_can_be_declared(run, reduce):
     run.define_metric("grad/*", reduce=reduce, replicated=True)
 
@@ -508,7 +518,6 @@ def test_a_context_manager_says_what_went_wrong_and_lets_it_pass(run):
 
 def test_an_exception_is_one_line():
     assert describe(ValueError, ValueError("a\nb")) == "ValueError: a"
-    assert describe(KeyboardInterrupt, None) == "KeyboardInterrupt: None" or describe(KeyboardInterrupt, KeyboardInterrupt())
     assert describe(KeyboardInterrupt, KeyboardInterrupt()) == "KeyboardInterrupt"
     assert len(describe(ValueError, ValueError("x" * 10_000))) < 600
 
@@ -518,7 +527,12 @@ def test_an_exception_is_one_line():
 
 def test_a_run_cannot_be_sent_to_another_process(run):
     """DataLoader workers get what they reference pickled: say what to do, not "cannot pickle mmap"."""
-    for attempt in (lambda: pickle.dumps(run), lambda: copy.copy(run), lambda: copy.deepcopy(run), lambda: pickle.dumps(NullRun())):
+    for attempt in (
+        lambda: pickle.dumps(run),
+        lambda: copy.copy(run),
+        lambda: copy.deepcopy(run),
+        lambda: pickle.dumps(NullRun()),
+    ):
         with pytest.raises(TypeError, match=r"ddplog\.init"):
             attempt()
 

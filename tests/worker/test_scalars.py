@@ -154,7 +154,19 @@ def test_a_dict_that_contains_itself_ends():
 
 @pytest.mark.parametrize(
     "key",
-    ["", " ", "\t", "a\nb", "a\x00", "a\x1b[31m", "\u202eevil", "a\u2028b", "\ud800", "k" * (MAX_KEY_BYTES + 1), "é" * 126],
+    [
+        "",
+        " ",
+        "\t",
+        "a\nb",
+        "a\x00",
+        "a\x1b[31m",
+        "\u202eevil",
+        "a\u2028b",
+        "\ud800",
+        "k" * (MAX_KEY_BYTES + 1),
+        "é" * 126,
+    ],
 )
 def test_a_name_that_cannot_be_shown_or_stored_is_refused(key):
     assert problems({key: 1.0, "good": 2.0}) == [("bad_key", key)]

@@ -70,9 +70,13 @@ class Forwarders:
         logs = self.run_dir / "logs"
         logs.mkdir(exist_ok=True)
         with (logs / f"forward-{forwarder.folder}.log").open("ab") as log:
-            arguments = command("ddplog.forward.__main__", "--run-dir", str(self.run_dir), "--sink", forwarder.sink)
+            arguments = ("--run-dir", str(self.run_dir), "--sink", forwarder.sink, "--parent-pid", str(os.getpid()))
             forwarder.process = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command("ddplog.forward.__main__", *arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     @property

@@ -101,6 +101,7 @@ class Aggregator:
         for position, writer_id, first_seq, payload in self.store.entries(self.store.replay_from):
             self._positions.append((self.pipeline.num_entries, position))
             self.pipeline.replay(writer_id, first_seq, payload, now)
+        self.pipeline.end_replay()
 
     # -- the loop
 

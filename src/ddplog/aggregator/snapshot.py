@@ -33,7 +33,7 @@ class Snapshots:
         self._job = job
         self._pipeline = pipeline
         self._store = store
-        self._last: dict[int, tuple[int, float]] = {}
+        self._last: dict[int, tuple[int, int, float]] = {}
         self._steps: dict[int, deque[tuple[int, int]]] = {}
         self._refreshed_ns = 0
         self._status = store.status
@@ -45,13 +45,19 @@ class Snapshots:
         return self._reply
 
     def note(self, effects: Effects) -> None:
-        """Remember the newest value of each key."""
-        for _, emission in effects.emissions:
-            step = int(emission.steps[-1])
+        """Remember the newest value of each key: that of the highest step of its newest attempt."""
+        for attempt, emission in effects.emissions:
             for column, key_id in enumerate(emission.key_ids):
-                known = key_id in self._last
-                if emission.block.n[-1, column] and (known or len(self._last) < _MAX_LAST_VALUES):
-                    self._last[key_id] = (step, float(emission.value[-1, column]))
+                known = self._last.get(key_id)
+                if known is None and len(self._last) >= _MAX_LAST_VALUES:
+                    continue
+                logged = emission.block.n[:, column].nonzero()[0]
+                if not len(logged):
+                    continue
+                row = logged[-1]
+                step = int(emission.steps[row])
+                if known is None or (attempt, step) >= known[:2]:  # not a late value's of an earlier step
+                    self._last[key_id] = (attempt, step, float(emission.value[row, column]))
         if effects.status is not None:
             self._status = self._store.status
 
@@ -91,7 +97,7 @@ class Snapshots:
                     detail=str(state.get("detail") or ""),
                 )
             )
-        for key_id, (step, value) in sorted(self._last.items()):
+        for key_id, (_, step, value) in sorted(self._last.items()):
             reply.last_values.append(LastValue(key=pipeline.names[key_id], step=step, value=value))
         self._reply = reply
 

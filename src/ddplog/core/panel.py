@@ -126,6 +126,8 @@ class Panel:
         self._free: list[int] = []
         self._closed: dict[int, None] = {}  # steps, oldest first
         self._evicted_to = emitted_to
+        self.is_replaying = False
+        """Whether what comes is known: a step that was emitted is then not stale."""
         self.stale_steps: set[int] = set()
         self.stale_since_ns: int | None = None
         self._nonfinite: dict[tuple[int, int], _NonFinite] = {}
@@ -197,9 +199,10 @@ class Panel:
                 self._closed.pop(step, None)
             return slot
         if self._evicted_to is not None and step <= self._evicted_to:
-            self.stale_steps.add(step)
-            if self.stale_since_ns is None:
-                self.stale_since_ns = now_ns
+            if not self.is_replaying:
+                self.stale_steps.add(step)
+                if self.stale_since_ns is None:
+                    self.stale_since_ns = now_ns
             return -1
         if not self._free:
             self._grow(0, len(self._state) + 1)
@@ -385,6 +388,12 @@ class Panel:
     def num_open(self) -> int:
         """Open windows."""
         return len(self._slots) - len(self._closed)
+
+    @property
+    def unsettled(self) -> list[int]:
+        """Steps whose point may be stored and is still to change: late windows, and stale steps; ascending."""
+        late = self._step[(self._state == OPEN) & self._late] if self.num_open else []
+        return sorted({*map(int, late), *self.stale_steps})
 
     @property
     def oldest_open(self) -> int | None:

@@ -148,6 +148,15 @@ class AttemptRow(NamedTuple):
     reason: str
 
 
+class Stale(NamedTuple):
+    """Points to derive again from the rank log."""
+
+    attempt: int
+    key_ids: tuple[int, ...]
+    steps: frozenset[int] | None
+    """None: every step."""
+
+
 @dataclass(slots=True)
 class Effects:
     """What is to be made durable, then answered."""
@@ -166,6 +175,8 @@ class Effects:
     """(status, detail) of the run, when it changed."""
     verdict: tuple[str, str] | None = None
     """What the launcher said, to be remembered; ("", "") forgets it."""
+    unsettled: list[Stale] = field(default_factory=list)
+    """Points that may be stored and are still to change: what a restart could not see from its replay."""
     num_values: int = 0
 
     def __bool__(self) -> bool:
@@ -209,15 +220,6 @@ class _Attempt:
     members: list[Writer] = field(default_factory=list)
 
 
-class Stale(NamedTuple):
-    """Points to derive again from the rank log."""
-
-    attempt: int
-    key_ids: tuple[int, ...]
-    steps: frozenset[int] | None
-    """None: every step."""
-
-
 class Restored(NamedTuple):
     """What the store remembers of an earlier life of the aggregator."""
 
@@ -232,6 +234,8 @@ class Restored(NamedTuple):
     """(status, detail) that the launcher gave."""
     is_closed: bool
     """Whether the run had ended; that stands until a new writer comes."""
+    unsettled: Sequence[Stale]
+    """Points that were about to change; they are derived again."""
 
 
 class Pipeline:
@@ -261,6 +265,8 @@ class Pipeline:
         self._by_id: dict[int, Writer] = {}
         self.key_overflow = 0
         self._redefined: set[int] = set()
+        self._is_replaying = False
+        self._restored_stale: list[Stale] = []
         self._emitted_to: dict[tuple[int, int], int] = {}
         self._effects = Effects()
         if restored is not None:
@@ -272,6 +278,7 @@ class Pipeline:
             for panel in attempt.panels:
                 panel.flush()
         effects, self._effects = self._effects, Effects()
+        effects.unsettled = self.unsettled
         return effects
 
     @property
@@ -458,11 +465,14 @@ class Pipeline:
         rows = [self._key(name) for name in keys]
         fresh = [row for row in rows if row is not None and row.key_id not in attempt.home]
         if fresh:
-            emitted = [self._emitted_to.get((attempt.number, row.key_id)) for row in fresh]
-            known = [step for step in emitted if step is not None]
-            panel = self._panel(attempt, fresh, max(known) if known else None)
-            attempt.panels.append(panel)
-            attempt.home.update({row.key_id: (panel, column) for column, row in enumerate(fresh)})
+            by_emitted: dict[int | None, list[KeyRow]] = {}
+            for key in fresh:
+                by_emitted.setdefault(self._emitted_to.get((attempt.number, key.key_id)), []).append(key)
+            for emitted_to, group in by_emitted.items():  # one replay rule a panel
+                panel = self._panel(attempt, group, emitted_to)
+                panel.is_replaying = self._is_replaying
+                attempt.panels.append(panel)
+                attempt.home.update({row.key_id: (panel, column) for column, row in enumerate(group)})
         by_panel: dict[int, tuple[Panel, list[int], list[int]]] = {}
         for source, row in enumerate(rows):
             if row is None:
@@ -750,9 +760,19 @@ class Pipeline:
 
     # -- stale points
 
+    @property
+    def unsettled(self) -> list[Stale]:
+        """Points that may be stored and are still to change."""
+        return self._restored_stale + [
+            Stale(attempt.number, panel.key_ids, frozenset(steps))
+            for attempt in self.attempts.values()
+            for panel in attempt.panels
+            if (steps := panel.unsettled)
+        ]
+
     def take_stale(self, now_ns: int, *, at_once: bool = False) -> list[Stale]:
         """Return the points whose values changed after their windows were gone; the caller derives them again."""
-        result = []
+        result, self._restored_stale = self._restored_stale, []
         for attempt in self.attempts.values():
             for panel in attempt.panels:
                 if panel.stale_since_ns is None:
@@ -779,6 +799,8 @@ class Pipeline:
         self.verdict = restored.verdict
         self.verdict_ns = now_ns
         self.is_closed = restored.is_closed
+        self._restored_stale = list(restored.unsettled)
+        self._is_replaying = True
         for attempt_row in restored.attempts:
             self.attempts[attempt_row.attempt] = _Attempt(
                 number=attempt_row.attempt,
@@ -800,7 +822,7 @@ class Pipeline:
     def replay(self, writer_id: int, first_seq: int, payload: bytes, now_ns: int) -> None:
         """Rebuild open windows from an entry of the rank log: its scalars only, everything else is in the store.
 
-        Steps that the store has already are taken as stale, and derived again like any late value's.
+        Steps that the store has already are passed over: what was still to change of them is in `unsettled`.
         """
         writer = self._by_id[writer_id]
         attempt = self.attempts[writer.attempt]
@@ -808,6 +830,14 @@ class Pipeline:
             if isinstance(item, Rows) and writer.is_reduced:
                 self._reduce(writer, attempt, item, NOTHING_YET, now_ns)
         self.num_entries += 1
+
+    def end_replay(self) -> None:
+        """From now on records are new."""
+        self._is_replaying = False
+        for attempt in self.attempts.values():
+            for panel in attempt.panels:
+                panel.flush()
+                panel.is_replaying = False
 
     def derive(self, stale: Stale, entries: Iterable[tuple[int, int, bytes]]) -> Emission | None:
         """Reduce points again from the rank log.
@@ -824,9 +854,10 @@ class Pipeline:
         wanted = [rows_by_id[key_id] for key_id in stale.key_ids]
         columns = {row.name: column for column, row in enumerate(wanted)}
         panel = self._panel(attempt, wanted)
-        panel.expected = np.stack(
-            [attempt.home[row.key_id][0].expected[:, attempt.home[row.key_id][1]] for row in wanted], axis=1
-        )
+        for column, row in enumerate(wanted):
+            if row.key_id in attempt.home:
+                home, its_column = attempt.home[row.key_id]
+                panel.expected[:, column] = home.expected[:, its_column]
         steps = None if stale.steps is None else np.fromiter(stale.steps, np.int64)
         for writer_id, first_seq, payload in entries:
             writer = self._by_id[writer_id]

@@ -180,7 +180,9 @@ def job_key(environ: Mapping[str, str], *, has_launcher: bool) -> tuple[str, int
     namespace = os.readlink("/proc/self/ns/pid")
     identity = f"{os.getuid()}:{boot_id()}:{namespace}:{anchor}:{start}"
     pid = 0
-    if has_launcher:  # a shell around one rank is not the launcher, but the next best where pids are another namespace's
+    if (
+        has_launcher
+    ):  # a shell around one rank is not the launcher, but the next best where pids are another namespace's
         pid = anchor if seen == os.getpid() else os.getppid()
     return hashlib.sha256(identity.encode()).hexdigest()[:16], pid
 

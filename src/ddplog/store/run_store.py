@@ -20,7 +20,7 @@ from uuid import uuid4
 import numpy as np
 
 from ddplog.core.panel import Emission
-from ddplog.core.pipeline import AttemptRow, Effects, KeyRow, Restored, Writer, WriterInfo
+from ddplog.core.pipeline import AttemptRow, Effects, KeyRow, Restored, Stale, Writer, WriterInfo
 from ddplog.core.records import NO_STEP
 from ddplog.errors import ConfigError, DdplogError
 from ddplog.store import schema
@@ -78,6 +78,7 @@ class RunStore:
         self.uuid = bytes.fromhex(self._meta(schema.META_STORE_UUID))
         self._next_id = int(self._meta(schema.META_NEXT_ID))
         self._emitted_to = self._read_emitted_to()
+        self._unsettled: list[tuple[int, list[int], list[int]]] = self._meta(schema.META_UNSETTLED) or []
         places = self._meta(schema.META_RANK_LOG) or {"end": [1, 0], "replay_from": [1, 0]}
         self.replay_from = Position(*places["replay_from"])
         self.rank_log = RankLog(run_dir / "ranks", Position(*places["end"]))
@@ -117,6 +118,7 @@ class RunStore:
         return Restored(
             verdict=(str(verdict[0]), str(verdict[1])) if verdict and verdict[0] else None,
             is_closed=status["status"] != "running",
+            unsettled=[Stale(attempt, tuple(key_ids), frozenset(steps)) for attempt, key_ids, steps in self._unsettled],
             writers=writers,
             attempts=attempts,
             keys=[
@@ -202,7 +204,11 @@ class RunStore:
             place = {"end": list(self.rank_log.end), "replay_from": list(replay_from)}
             self._put_meta(schema.META_RANK_LOG, place)
             self._put_meta(schema.META_NEXT_ID, self._next_id)
+            rows = [(stale.attempt, list(stale.key_ids), sorted(stale.steps or ())) for stale in effects.unsettled]
+            if rows != self._unsettled:
+                self._put_meta(schema.META_UNSETTLED, rows)
             self._db.execute("COMMIT")
+            self._unsettled = rows
         except BaseException as exc:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")

@@ -112,5 +112,6 @@ META_STORE_UUID: Final = "store_uuid"  # hex
 META_NEXT_ID: Final = "next_id"  # the next emission id
 META_STATUS: Final = "status"  # {"status", "detail", "ended_unix_ns"}
 META_VERDICT: Final = "verdict"  # [status, detail] the launcher gave; the status once everything is stored
+META_UNSETTLED: Final = "unsettled"  # [[attempt, [key_id], [step]]]: points that were about to change
 META_RANK_LOG: Final = "rank_log"  # {"end": [file_no, offset], "replay_from": [file_no, offset]}
 META_WATERMARK: Final = "watermark"  # {attempt: step}

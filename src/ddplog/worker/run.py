@@ -139,7 +139,9 @@ class Run:
             what = type(data).__name__
             problems.append(BadValueError("bad_value", f"log() takes a dict of names to numbers, not {what}"))
             return
-        numbers = dict(self._numbers(data, problems))
+        numbers = self._known_numbers(data)
+        if numbers is None:
+            numbers = dict(self._numbers(data, problems))
         names = tuple(numbers)
         number_of_step = self._step(names, step, problems) if names else None
         if number_of_step is None:
@@ -148,6 +150,19 @@ class Run:
         for start in range(0, len(names), _MAX_KEYS_PER_RECORD):
             part = slice(start, start + _MAX_KEYS_PER_RECORD)
             self._journal.append_scalars(names[part], values[part], number_of_step, factor)
+
+    def _known_numbers(self, data: Mapping[str, Any]) -> dict[str, float] | None:
+        """Take a flat dict of names that were all taken before, of which only the values have to be looked at.
+
+        Returns:
+            None if it is anything else, or a value is no number: _numbers() then says what is wrong.
+        """
+        if not self._keys.issuperset(data):
+            return None
+        try:
+            return {key: value if type(value) is float else as_float(key, value) for key, value in data.items()}
+        except Exception:  # noqa: BLE001 - float() of a user's object may raise anything
+            return None
 
     def _numbers(self, data: Mapping[str, Any], problems: list[BadValueError]) -> Iterator[tuple[str, float]]:
         for key, value, problem in flatten(data):
