@@ -603,8 +603,42 @@ class LossyAggregator:
         return None
 
 
-def is_alive(node):
-    return all(tracked.is_alive for tracked in node.shipper.tracked.values())
+class Line:
+    """Between a node and its aggregator: every message meets the next fate, and after the last one all goes well.
+
+    i, o: a message in or out is lost; x: a new connection; n: an aggregator with an empty store; w: a rank logs.
+    """
+
+    def __init__(self, node, ranks, fates):
+        self.node, self.ranks, self.fates = node, ranks, fates
+        self.aggregator = LossyAggregator()
+
+    def exchange(self, now_ns):
+        shipper = self.node.shipper
+        for data in shipper.outgoing(now_ns):
+            happens = self.fates.pop() if self.fates else "."
+            if happens == "w" and all(tracked.is_alive for tracked in shipper.tracked.values()):
+                self.ranks[now_ns % 2].say(1)
+            if happens == "n":
+                self.aggregator = LossyAggregator()
+            if happens in ("x", "n"):
+                shipper.joined()
+                return
+            answer = self.aggregator.take(codec.decode(data)) if happens != "o" else None
+            if answer is not None and happens != "i":
+                shipper.receive(answer, now_ns)
+        for bye in shipper.byes():
+            self.aggregator.take(codec.decode(bye))
+
+    def run(self):
+        now_ns = 0
+        for number in range(300):
+            now_ns += RESEND_NS // 3
+            self.exchange(now_ns)
+            if not self.fates or number > 30:
+                self.node.bury(now_ns)
+            if self.node.shipper.is_idle and not self.fates:
+                return
 
 
 @given(
@@ -613,41 +647,19 @@ def is_alive(node):
 )
 @settings(max_examples=40, deadline=None)
 def test_everything_arrives_once_and_in_order_whatever_is_lost(fates, sizes):
-    """i, o: a message in or out is lost; x: a new connection; n: an aggregator with an empty store; w: a rank logs."""
     folder = Path(tempfile.mkdtemp())
-    node, aggregator = Node(folder), LossyAggregator()
+    node = Node(folder)
     ranks = [node.rank(n) for n in range(2)]
     for number, size in enumerate(sizes):
         ranks[number % 2].say(1, size)
-    now = 0
-    for number in range(300):
-        now += RESEND_NS // 3
-        for data in node.shipper.outgoing(now):
-            happens = fates.pop() if fates else "."
-            if happens == "o":
-                continue
-            answer = aggregator.take(codec.decode(data))
-            if happens == "w" and is_alive(node):
-                ranks[number % 2].say(1)
-            if happens == "n":
-                aggregator = LossyAggregator()
-            if happens in ("x", "n"):
-                node.shipper.joined()
-                break
-            if answer is not None and happens != "i":
-                node.shipper.receive(answer, now)
-        if not fates or number > 30:
-            node.bury(now)
-        for bye in node.shipper.byes():
-            aggregator.take(codec.decode(bye))
-        if node.shipper.is_idle and not fates:
-            break
+    line = Line(node, ranks, fates)
+    line.run()
     try:
         assert node.shipper.is_idle, repr(node.shipper)
         for journal in ranks:
-            assert b"".join(aggregator.stored[journal.incarnation]) == journal.payload
+            assert b"".join(line.aggregator.stored[journal.incarnation]) == journal.payload
             assert journal.writer.acked_seq == journal.num_records
-            assert aggregator.ended[journal.incarnation] == journal.num_records
+            assert line.aggregator.ended[journal.incarnation] == journal.num_records
     finally:
         node.shipper.close()
         with contextlib.suppress(OSError):

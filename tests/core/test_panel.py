@@ -47,7 +47,12 @@ class Harness:
         return self
 
     def close(self, **how):
-        states = RankStates(progress=self.mark.progress, ended=self.mark.ended, silent=self.mark.silent(self.now))
+        states = RankStates(
+            progress=self.mark.progress,
+            ended=self.mark.ended,
+            finished=self.mark.finished,
+            silent=self.mark.silent(self.now),
+        )
         emission = self.panel.close_ready(self.mark.value(self.now), states, self.now, **how)
         closed = []
         if emission is not None:
@@ -137,6 +142,15 @@ def test_nothing_is_expected_of_an_ended_rank_beyond_its_progress_but_up_to_it()
     h.mark.end(0)
     h.close()
     assert [h.points[step, 0][0][1:] for step in range(3)] == [(2, 2), (1, 2), (1, 1)]
+
+
+def test_a_rank_that_died_is_missed_but_not_waited_for():
+    h = Harness(world=2).log(0, 0, 1.0).log(1, 0, 3.0)
+    h.mark.end(1, finished=False)
+    for step in range(1, 9):
+        h.log(0, step, 1.0)
+    h.close()
+    assert [h.points[step, 0][0][1:] for step in range(8)] == [(2, 2)] + [(1, 2)] * 7
 
 
 def test_a_hung_rank_is_still_expected():

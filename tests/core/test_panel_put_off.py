@@ -33,7 +33,12 @@ def encode(seq, step, value, weight=1.0):
 
 
 def states():
-    return RankStates(progress=np.full(WORLD, 10), ended=np.zeros(WORLD, np.bool_), silent=np.zeros(WORLD, np.bool_))
+    return RankStates(
+        progress=np.full(WORLD, 10),
+        ended=np.zeros(WORLD, np.bool_),
+        finished=np.zeros(WORLD, np.bool_),
+        silent=np.zeros(WORLD, np.bool_),
+    )
 
 
 def outcome(panel):

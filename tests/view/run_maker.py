@@ -61,7 +61,7 @@ class RunMaker:
         row = {
             "writer_id": writer_id, "incarnation": os.urandom(16), "attempt": attempt, "rank": rank,
             "world_size": world_size, "local_rank": rank, "node_rank": 0, "host": host, "pid": 1000 + rank,
-            "boot_id": "b", "started_unix_ns": T0, "next_seq": next_seq, "step": step, "state": state, **more,
+            "boot_id": "b", "started_unix_ns": T0, "next_seq": next_seq, "num_values": next_seq, "step": step, "state": state, **more,
         }  # fmt: skip
         self._insert("writers", row)
         return writer_id

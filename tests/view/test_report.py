@@ -125,7 +125,7 @@ def test_attempts_and_events_are_marked(page):
 def test_the_tables_tell_of_ranks_drops_and_sinks(page):
     words = " ".join(page[1].words)
     for expected in (
-        "Which ranks are extreme", "signal 9 (SIGKILL)", "407 records accepted by log() = 400 stored + 7 dropped",
+        "Which ranks are extreme", "signal 9 (SIGKILL)", "407 values logged = 400 stored + 7 dropped",
         "spool_full", "tensorboard", "retrying", "2 NaN, first at step 4, rank 0",
     ):  # fmt: skip
         assert expected in words

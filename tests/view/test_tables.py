@@ -32,7 +32,7 @@ def test_show_says_everything(run):
     assert "failed (rank 1 died)" in text
     assert "rank 1 came back" in text  # the second attempt's reason
     assert "signal 9 (SIGKILL)" in text
-    assert "407 records accepted = 400 stored + 7 dropped" in text
+    assert "407 values logged = 400 stored + 7 dropped" in text
     assert "spool_full" in text
     assert "rank_died" in text
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
@@ -82,7 +82,7 @@ def test_an_empty_run_is_shown(tmp_path):
     with open_run(RunMaker(tmp_path / "r").finish()) as run:
         text = shown(tables.show(run)) + shown(tables.summary(run))
     assert "no rank has joined" in text
-    assert "0 records accepted = 0 stored + 0 dropped" in text
+    assert "0 values logged = 0 stored + 0 dropped" in text
 
 
 def test_a_large_world_shows_who_died(tmp_path):

@@ -4,8 +4,7 @@ import ast
 import sys
 
 import pytest
-from system.conftest import job  # noqa: F401 - the fixture of the real jobs
-from system.jobs import wait_until
+from system.jobs import Job, wait_until
 
 import ddplog
 from ddplog.core.records import KIND_MESSAGE, decode, scan_payload
@@ -24,6 +23,13 @@ def quiet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDPLOG_SPOOL", str(tmp_path / "s"))
     return tmp_path
+
+
+@pytest.fixture
+def job(tmp_path):
+    job = Job(tmp_path)
+    yield job
+    job.close()
 
 
 # -- before the first step
@@ -138,14 +144,14 @@ def last_words(job):
     ],
     ids=["end", "exit0", "exception", "interrupt", "own word", "os._exit", "two runs", "fork", "module function"],
 )
-def test_a_rank_says_how_it_ended_and_its_exit_code_stays(job, ending, code, words):  # noqa: F811
+def test_a_rank_says_how_it_ended_and_its_exit_code_stays(job, ending, code, words):
     job.run(sys.executable, job.script(START + ending), code=code)
 
     assert last_words(job) == words
 
 
 @pytest.mark.system
-def test_the_users_excepthook_still_runs(job):  # noqa: F811
+def test_the_users_excepthook_still_runs(job):
     hook = "sys.excepthook = lambda kind, error, traceback: print('mine', kind.__name__)\n"
     out, _ = job.run(sys.executable, job.script("import sys\n" + hook + START + "raise ValueError('x')"), code=1)
 
@@ -154,13 +160,15 @@ def test_the_users_excepthook_still_runs(job):  # noqa: F811
 
 
 @pytest.mark.system
-def test_ranks_of_one_job_get_one_run_and_a_later_job_another(job):  # noqa: F811
+def test_ranks_of_one_job_get_one_run_and_a_later_job_another(job):
     """No run_id is given: the first rank made one up, and the second job is a second run."""
-    script = job.script("import ddplog\nrun = ddplog.init(exit_wait_s=0)\nprint(run.run_id, run.rank, run.world_size)")
+    script = job.script(
+        "import ddplog, os\nrun = ddplog.init(exit_wait_s=0)\nos.write(1, f'{run.run_id} {run.rank} {run.world_size}\\n'.encode())"
+    )
     words = [sorted(job.run(*job.ranks(2, script), DDPLOG_RUN_ID=None)[0].split("\n")[:2]) for _ in range(2)]
     ids = [{line.split()[0] for line in lines} for lines in words]
 
-    assert [[line.split()[1:] for line in sorted(lines, key=lambda l: l.split()[1])] for lines in words] == [
+    assert [[line.split()[1:] for line in sorted(lines, key=lambda text: text.split()[1])] for lines in words] == [
         [["0", "2"], ["1", "2"]]
     ] * 2
     assert [len(found) for found in ids] == [1, 1]
@@ -168,7 +176,7 @@ def test_ranks_of_one_job_get_one_run_and_a_later_job_another(job):  # noqa: F81
 
 
 @pytest.mark.system
-def test_the_journals_head_says_whose_it_is(job):  # noqa: F811
+def test_the_journals_head_says_whose_it_is(job):
     script = job.script(START + "print({'pid': os.getpid(), 'host': os.uname().nodename})")
     out, _ = job.run(sys.executable, script)
     wait_until(lambda: list(job.spool.glob("*/*/head")))

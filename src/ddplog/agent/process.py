@@ -30,7 +30,7 @@ from ddplog.wire.sockets import DealerEndpoint
 
 _logger = logging.getLogger("ddplog.agent")
 
-_IDLE_MS: Final = 20
+_IDLE_MS: Final = 50
 _BUSY_MS: Final = 0
 _DISCOVER_NS: Final = 100_000_000
 _RESTART_BACKOFF_NS: Final = (0, 100_000_000, 500_000_000, 1_000_000_000, 5_000_000_000)
@@ -218,6 +218,7 @@ def main() -> None:
     """Run the agent of the job folder in argv[1]."""
     folder = Path(sys.argv[1])
     _detach()
+    os.nice(10)  # the ranks come first; the aggregator and the forwarders inherit it
     logging.basicConfig(level=logging.INFO, format="%(asctime)s agent %(process)d %(levelname)s %(message)s")
     lock = os.open(folder / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:

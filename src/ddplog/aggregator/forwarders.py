@@ -79,6 +79,12 @@ class Forwarders:
                 start_new_session=True,
             )
 
+    def resume(self) -> None:
+        """The run goes on: whoever has delivered its end is needed again."""
+        for forwarder in self._forwarders:
+            forwarder.has_ended = False
+            forwarder.num_starts = 0
+
     @property
     def have_ended(self) -> bool:
         """Whether every forwarder has delivered the run's end, or cannot."""

@@ -37,12 +37,15 @@ from ddplog.wire.sockets import RouterEndpoint, self_attack
 
 _logger = logging.getLogger("ddplog.aggregator")
 
-_POLL_MS: Final = 20
-_COMMIT_NS: Final = 20_000_000
+_POLL_MS: Final = 50
+_COMMIT_NS: Final = 50_000_000
+"""A commit is two fdatasync and about 1 ms of CPU: at every 20 ms that was 5 % of a core of a job's own."""
 _COMMIT_BYTES: Final = 8 * 1024 * 1024
 _TRIM_NS: Final = 10_000_000_000
 _RETRY_S: Final = 1.0
 _MAX_NODES: Final = 64
+_PATIENCE_NS: Final = 30_000_000_000
+"""How long an aggregator of a run that had ended waits for an agent's Hello."""
 
 
 class Aggregator:
@@ -83,6 +86,9 @@ class Aggregator:
         self._committed_ns = now
         self._trimmed_ns = now
         self._is_stopping = False
+        self._is_heard = False
+        """Whether an agent has said what it has: the run may have ended before, and be about to go on."""
+        self._patience_ns = now + _PATIENCE_NS
         self._announce()
 
     def _announce(self) -> None:
@@ -118,16 +124,20 @@ class Aggregator:
             if self._is_commit_due(now):
                 self.pipeline.tick(now, time.time_ns())
                 self._commit(now)
-            self.forwarders.supervise(now)
+            if not self.pipeline.is_closed or self._is_heard:
+                self.forwarders.supervise(now)
             self.snapshots.refresh(now, self.forwarders)
-            if self._is_stopping or (self.pipeline.is_closed and self.forwarders.have_ended):
+            is_over = self.pipeline.is_closed and self.forwarders.have_ended
+            if self._is_stopping or (is_over and (self._is_heard or now > self._patience_ns)):
                 break
         self.close()
         if self._is_stopping and not self.pipeline.is_closed:
             sys.exit(128 + signal.SIGTERM)
 
     def _is_commit_due(self, now: int) -> bool:
-        return now - self._committed_ns >= _COMMIT_NS or self._pending_bytes >= _COMMIT_BYTES
+        if self._due_welcome or self._pending_bytes >= _COMMIT_BYTES:
+            return True  # a node waits for it
+        return now - self._committed_ns >= _COMMIT_NS
 
     def _handle(self, routing_id: bytes, node_id: str, data: bytes, now: int, wall: int) -> None:
         try:
@@ -154,7 +164,11 @@ class Aggregator:
         if strangers:
             self._reject(routing_id, pb.Reject.NOT_YOURS, strangers[0].incarnation, 0, "another node's writer")
             return
+        was_closed = self.pipeline.is_closed
         self._due_welcome[routing_id] = self.pipeline.hello(infos, now, wall)
+        self._is_heard = True
+        if was_closed and not self.pipeline.is_closed:
+            self.forwarders.resume()
 
     def _is_owner(self, incarnation: bytes, node_id: str) -> bool:
         writer = self.pipeline.writers.get(incarnation)

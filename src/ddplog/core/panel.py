@@ -66,7 +66,9 @@ class RankStates:
     progress: I64
     """The largest step the rank has shown."""
     ended: Bool
-    """It will send nothing more: nothing is expected of it beyond its progress."""
+    """It will send nothing more, and is not waited for."""
+    finished: Bool
+    """It ended well: nothing is expected of it beyond its progress. One that died is missed to the end."""
     silent: Bool
     """It has shown no step although its grace is over: nothing is expected of it."""
 
@@ -427,7 +429,7 @@ class Panel:
             over = is_open & ~self._late & (self._step <= watermark)
             opened = np.flatnonzero(is_open)
             complete = np.zeros_like(is_open)
-            needed = np.maximum(self._needed(self._step[opened], ranks), 1)
+            needed = np.maximum(self._needed(self._step[opened], ranks, ranks.ended), 1)
             complete[opened] = (self._arrived[opened] >= needed).all(axis=1)
             settled = complete & (now_ns - self._touched >= self.settle_ns)
             if self._repeats:
@@ -515,10 +517,10 @@ class Panel:
             return parts[0]
         return Block(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Block)})
 
-    def _needed(self, steps: I64, ranks: RankStates) -> I64:
-        """Return [S, K]: how many ranks are expected to have logged the key at the step."""
-        here = self.expected & ~(ranks.silent | ranks.ended)[:, None]
-        gone = np.flatnonzero(ranks.ended & ~ranks.silent)
+    def _needed(self, steps: I64, ranks: RankStates, gone_ranks: Bool) -> I64:
+        """Return [S, K]: how many ranks must have logged the key at the step, if `gone_ranks` [W] go no further."""
+        here = self.expected & ~(ranks.silent | gone_ranks)[:, None]
+        gone = np.flatnonzero(gone_ranks & ~ranks.silent)
         was_there = (ranks.progress[gone, None] >= steps[None, :]).T.astype(np.int64)
         return np.asarray(here.sum(axis=0) + was_there @ self.expected[gone].astype(np.int64))
 
@@ -528,7 +530,7 @@ class Panel:
         Whoever logged a key is expected to, so that equal counts mean that all expected ranks did.
         """
         steps = self._step[slots]
-        result = self._needed(steps, ranks)
+        result = self._needed(steps, ranks, ranks.finished)
         if not (result - present.sum(axis=0)).any():
             self._misses[:] = 0
             self._is_everyone_expected = bool(self.expected.all())
@@ -539,7 +541,7 @@ class Panel:
             full[:] = False
             full[self._ranks] = present[:, s]
             self.expected |= full
-            result[s] = self._needed(steps[s : s + 1], ranks)[0]
+            result[s] = self._needed(steps[s : s + 1], ranks, ranks.finished)[0]
             if self._late[slots[s]]:
                 continue
             missed = self.expected & ~full & (ranks.progress > steps[s])[:, None] & full.any(axis=0)

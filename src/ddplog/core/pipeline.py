@@ -30,6 +30,8 @@ SILENT_NODE_NS: Final = 30_000_000_000
 
 
 UNKNOWN_DEATH: Final = "died, code unknown"
+ENDED: Final = ("finished", "failed", "killed", "preempted", "died")
+"""States of a writer that is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,8 @@ class Writer:
     backlog_bytes: int = 0
     schemas: dict[int, tuple[str, ...]] = field(default_factory=dict)
     drops: dict[str, int] = field(default_factory=dict)
+    num_values: int = 0
+    """Numbers and messages taken from it: what its drops are counted in, too."""
 
     @property
     def has_ended(self) -> bool:
@@ -265,6 +269,7 @@ class Pipeline:
         self._by_id: dict[int, Writer] = {}
         self.key_overflow = 0
         self._redefined: set[int] = set()
+        self._nonfinite_keys: set[int] = set()
         self._is_replaying = False
         self._restored_stale: list[Stale] = []
         self._emitted_to: dict[tuple[int, int], int] = {}
@@ -436,11 +441,13 @@ class Pipeline:
             pieces[0].panel.put_off(writer.info.rank, payload, late_to, now_ns, self.num_entries)
             attempt.watermark.advance(writer.info.rank, record.step, now_ns)
         writer.step = max(writer.step, record.step)
+        writer.num_values += record.num_keys
         self._effects.num_values += record.num_keys
         self.num_values += record.num_keys
         return True
 
     def _scalars(self, writer: Writer, rows: Rows, now_ns: int) -> None:
+        writer.num_values += rows.values.size
         self._effects.num_values += rows.values.size
         self.num_values += rows.values.size
         step = int(rows.steps.max())
@@ -528,6 +535,7 @@ class Pipeline:
             return
         step = None if record.step == NO_STEP else record.step
         kind = message.get("type")
+        writer.num_values += kind != "finish"
         try:
             self._take_message(writer, kind, message, record, step)
         except (KeyError, TypeError, AttributeError) as exc:
@@ -646,16 +654,16 @@ class Pipeline:
     def bye(self, incarnation: bytes, next_seq: int, now_ns: int, time_unix_ns: int) -> None:
         """A writer's process is gone; seqs below `next_seq` exist."""
         writer = self.writers.get(incarnation)
-        if writer is None or writer.state in ("finished", "died"):
+        if writer is None or writer.state in ENDED:
             return
         writer.last_seen_ns = now_ns
         writer.last_seq = next_seq
         self._settle_end(writer, time_unix_ns)
 
     def _settle_end(self, writer: Writer, time_unix_ns: int) -> None:
-        if not writer.has_ended or writer.state in ("finished", "died"):
+        if not writer.has_ended or writer.state in ENDED:
             return
-        writer.state = "finished" if writer.said_finish else "died"
+        writer.state = writer.finish_status if writer.finish_status in ENDED else "died"
         writer.ended_unix_ns = writer.ended_unix_ns or time_unix_ns
         if not writer.said_finish:
             if writer.exit_code is None and writer.signal is None and not writer.detail:
@@ -666,7 +674,7 @@ class Pipeline:
         if writer.is_reduced:
             attempt = self.attempts[writer.attempt]
             if attempt.holders.get(writer.info.rank) is writer:
-                attempt.watermark.end(writer.info.rank)
+                attempt.watermark.end(writer.info.rank, finished=writer.state == "finished")
         self._effects.writers[writer.writer_id] = writer
 
     def node(self, node_id: str, is_over: bool, now_ns: int) -> None:
@@ -684,6 +692,8 @@ class Pipeline:
         writer = candidates[-1]
         writer.exit_code, writer.signal = exit_code, signal
         writer.detail = message or (f"signal {signal}" if signal else f"exit code {exit_code}")
+        if writer.state == "finished":  # it said so at its exit, whose code it cannot know
+            writer.state = "killed" if signal else "failed"
         self._event(writer, time_unix_ns, "exit", "error", f"rank {rank}: {writer.detail}")
         self._effects.writers[writer.writer_id] = writer
 
@@ -708,6 +718,7 @@ class Pipeline:
         ranks = RankStates(
             progress=attempt.watermark.progress,
             ended=attempt.watermark.ended,
+            finished=attempt.watermark.finished,
             silent=attempt.watermark.silent(now_ns),
         )
         is_over = at_once or all(writer.has_ended for writer in attempt.members)
@@ -722,11 +733,26 @@ class Pipeline:
             if emission is None:
                 continue
             self._effects.emissions.append((attempt.number, emission))
+            self._note_nonfinite(attempt, emission, time_unix_ns)
             for key_id, step in emission.disagreements:
                 message = f"{self.names[key_id]} is declared replicated, but ranks differ at step {step}"
                 self._effects.events.append(
                     EventRow(attempt.number, None, step, "disagreement", "warning", message, "{}", time_unix_ns)
                 )
+
+    def _note_nonfinite(self, attempt: _Attempt, emission: Emission, time_unix_ns: int) -> None:
+        """Put an event on the run for the first NaN or Inf of each key."""
+        for s, k in np.argwhere(emission.bad_rank >= 0).tolist():
+            key_id = emission.key_ids[k]
+            if key_id in self._nonfinite_keys:
+                continue
+            self._nonfinite_keys.add(key_id)
+            rank, step = int(emission.bad_rank[s, k]), int(emission.steps[s])
+            what = "NaN" if emission.nan_count[s, k] else "Inf"
+            message = f"{self.names[key_id]}: the first {what}, at step {step} on rank {rank}"
+            self._effects.events.append(
+                EventRow(attempt.number, rank, step, "nonfinite", "warning", message, "{}", time_unix_ns)
+            )
 
     def _decide_end(self, now_ns: int, time_unix_ns: int) -> None:
         if self.is_closed or not self.writers:
@@ -816,8 +842,8 @@ class Pipeline:
                 attempt.holders[writer.info.rank] = writer
                 if writer.step != NO_STEP:
                     attempt.watermark.advance(writer.info.rank, writer.step, now_ns)
-                if writer.state in ("finished", "died"):
-                    attempt.watermark.end(writer.info.rank)
+                if writer.state in ENDED:
+                    attempt.watermark.end(writer.info.rank, finished=writer.state == "finished")
 
     def replay(self, writer_id: int, first_seq: int, payload: bytes, now_ns: int) -> None:
         """Rebuild open windows from an entry of the rank log: its scalars only, everything else is in the store.
@@ -875,7 +901,7 @@ class Pipeline:
                     )
         progress = attempt.watermark.progress
         nobody = np.zeros(len(progress), np.bool_)
-        ranks = RankStates(progress=progress, ended=nobody, silent=nobody)
+        ranks = RankStates(progress=progress, ended=nobody, finished=nobody, silent=nobody)
         return panel.close_ready(NOTHING_YET, ranks, 0, at_once=True)
 
     @property

@@ -36,6 +36,7 @@ class Watermark:
         self.progress = np.full(world_size, NO_STEP, np.int64)
         self.moved_ns = np.full(world_size, now_ns, np.int64)
         self.ended: Bool = np.zeros(world_size, np.bool_)
+        self.finished: Bool = np.zeros(world_size, np.bool_)
 
     @property
     def world_size(self) -> int:
@@ -43,7 +44,7 @@ class Watermark:
 
     def join(self, rank: int, now_ns: int) -> None:
         """A process holds the rank (again): its grace begins anew."""
-        self.ended[rank] = False
+        self.ended[rank] = self.finished[rank] = False
         self.moved_ns[rank] = now_ns
 
     def advance(self, rank: int, step: int, now_ns: int) -> None:
@@ -52,9 +53,10 @@ class Watermark:
             self.progress[rank] = step
             self.moved_ns[rank] = now_ns
 
-    def end(self, rank: int) -> None:
-        """The rank will send nothing more."""
+    def end(self, rank: int, *, finished: bool = True) -> None:
+        """The rank will send nothing more; `finished`: as it was meant to."""
         self.ended[rank] = True
+        self.finished[rank] = finished
 
     def waited_for(self, now_ns: int) -> Bool:
         """Return [W]: the ranks that hold the watermark."""

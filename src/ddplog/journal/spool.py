@@ -139,7 +139,7 @@ def make_private(path: Path, setting: str) -> None:
     if info.st_uid != os.geteuid():
         raise ConfigError(setting, str(path), f"belongs to user {info.st_uid}; it must be yours")
     if info.st_mode & 0o077:
-        raise ConfigError(setting, str(path), f"has mode {info.st_mode & 0o777:o}; it must be 700")
+        raise ConfigError(setting, str(path), f"has mode {info.st_mode & 0o7777:o}; it must be 700: chmod 700 {path}")
 
 
 def filesystem_magic(path: Path) -> int:

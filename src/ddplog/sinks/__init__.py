@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Protocol, cast
 
@@ -26,6 +27,7 @@ _BUILT_IN: Final = {
     "tensorboard": "ddplog.sinks.tensorboard:TensorBoardSink",
 }
 _EXTRAS: Final = {"tensorboard": "tensorboard"}
+"""Sink -> the package it needs, which is also the name of ddplog's extra."""
 _SPEC: Final = re.compile(r"([A-Za-z][A-Za-z0-9_\-]{0,49})(?:://(.*))?", re.DOTALL)
 
 
@@ -108,6 +110,20 @@ def parse_spec(text: str) -> SinkSpec:
 def available() -> tuple[str, ...]:
     """Return the names of the sinks that can be found, sorted."""
     return tuple(sorted({*_BUILT_IN, *(found.name for found in entry_points(group=GROUP))}))
+
+
+def check_installed(spec: SinkSpec | str) -> None:
+    """Check, without importing it, that a sink can be found and that the package it needs is there.
+
+    Raises:
+        ConfigError: If not, naming what to install.
+    """
+    spec = parse_spec(spec) if isinstance(spec, str) else spec
+    if spec.name not in available():
+        raise ConfigError("sinks", spec.name, f"no such sink is installed; there are {', '.join(available())}")
+    package = _EXTRAS.get(spec.name)
+    if package is not None and find_spec(package) is None:
+        raise ConfigError("sinks", spec.name, f"needs the package {package}: pip install {package}")
 
 
 def make_sink(spec: SinkSpec | str) -> Sink:

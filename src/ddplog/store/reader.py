@@ -160,6 +160,8 @@ class WriterInfo:
     started_unix_ns: int
     next_seq: int
     """Records stored."""
+    num_values: int
+    """Numbers and messages (params, texts, alerts) stored: the unit of the drops."""
     step: int | None
     state: str
     exit_code: int | None

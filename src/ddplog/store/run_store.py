@@ -20,7 +20,7 @@ from uuid import uuid4
 import numpy as np
 
 from ddplog.core.panel import Emission
-from ddplog.core.pipeline import AttemptRow, Effects, KeyRow, Restored, Stale, Writer, WriterInfo
+from ddplog.core.pipeline import ENDED, AttemptRow, Effects, KeyRow, Restored, Stale, Writer, WriterInfo
 from ddplog.core.records import NO_STEP
 from ddplog.errors import ConfigError, DdplogError
 from ddplog.store import schema
@@ -110,7 +110,8 @@ class RunStore:
             self._writer(row, schemas, drops)
             for row in self._db.execute(
                 "SELECT writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, boot_id, "
-                "started_unix_ns, next_seq, step, state, is_reduced, finish_status, exit_code, signal, detail, ended_unix_ns FROM writers "
+                "started_unix_ns, next_seq, step, state, is_reduced, finish_status, num_values, exit_code, signal, detail, "
+                "ended_unix_ns FROM writers "
                 "ORDER BY writer_id"
             ).fetchall()
         ]
@@ -140,8 +141,8 @@ class RunStore:
         row: tuple[Any, ...], schemas: Mapping[int, dict[int, tuple[str, ...]]], drops: Mapping[int, dict[str, int]]
     ) -> Writer:
         (writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, boot, started, next_seq,
-         step, state, is_reduced, finish_status, exit_code, signal, detail, ended) = row  # fmt: skip
-        has_ended = state in ("finished", "died")
+         step, state, is_reduced, finish_status, num_values, exit_code, signal, detail, ended) = row  # fmt: skip
+        has_ended = state in ENDED
         return Writer(
             writer_id=writer_id,
             info=WriterInfo(
@@ -171,6 +172,7 @@ class RunStore:
             step=NO_STEP if step is None else step,
             schemas=schemas.get(writer_id, {}),
             drops=drops.get(writer_id, {}),
+            num_values=num_values,
         )
 
     def entries(self, start: Position | None = None) -> Iterator[tuple[Position, int, int, bytes]]:
@@ -251,10 +253,10 @@ class RunStore:
         info = writer.info
         self._db.execute(
             "INSERT INTO writers (writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, "
-            "boot_id, started_unix_ns, next_seq, step, state, is_reduced, finish_status, exit_code, signal, detail, "
-            "ended_unix_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (writer_id) DO UPDATE SET "
+            "boot_id, started_unix_ns, next_seq, step, state, is_reduced, finish_status, num_values, exit_code, signal, "
+            "detail, ended_unix_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (writer_id) DO UPDATE SET "
             "next_seq = excluded.next_seq, step = excluded.step, state = excluded.state, "
-            "finish_status = excluded.finish_status, "
+            "finish_status = excluded.finish_status, num_values = excluded.num_values, "
             "exit_code = excluded.exit_code, signal = excluded.signal, detail = excluded.detail, "
             "ended_unix_ns = excluded.ended_unix_ns",
             (
@@ -274,6 +276,7 @@ class RunStore:
                 writer.state,
                 int(writer.is_reduced),
                 writer.finish_status,
+                writer.num_values,
                 writer.exit_code,
                 writer.signal,
                 writer.detail,

@@ -59,6 +59,7 @@ CREATE TABLE IF NOT EXISTS writers (
     state TEXT NOT NULL DEFAULT 'running',
     is_reduced INTEGER NOT NULL DEFAULT 1,
     finish_status TEXT NOT NULL DEFAULT '',
+    num_values INTEGER NOT NULL DEFAULT 0,
     exit_code INTEGER,
     signal INTEGER,
     detail TEXT NOT NULL DEFAULT '',

@@ -476,13 +476,13 @@ def _events_section(run: Run) -> str:
 
 def _delivery_section(run: Run) -> str:
     writers, drops = run.writers(), run.drops()
-    stored, lost = sum(w.next_seq for w in writers), sum(d.count for d in drops)
-    total = f"{count(stored + lost)} records accepted by log() = {count(stored)} stored + {count(lost)} dropped."
+    stored, lost = sum(w.num_values for w in writers), sum(d.count for d in drops)
+    total = f"{count(stored + lost)} values logged = {count(stored)} stored + {count(lost)} dropped."
     colour = "warn" if lost else "ok"
     parts = [f'<h2>Delivery audit</h2><p class="{colour}">{total}</p><div class="two">']
     if drops:
         rows = [(d.rank, d.attempt, d.reason, count(d.count)) for d in drops]
-        parts.append("<div>" + _titled_table("Drops", ("#rank", "#attempt", "reason", "#records"), rows) + "</div>")
+        parts.append("<div>" + _titled_table("Drops", ("#rank", "#attempt", "reason", "#values"), rows) + "</div>")
     states = run.sink_states()
     if states:
         rows_ = [(s.name, _State(s.state), count(s.cursor), count(s.lag), s.detail) for s in states]
@@ -530,7 +530,14 @@ def _titled_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]
 def _cell(value: Any) -> str:
     if isinstance(value, _State):
         by_level = {"error": "bad", "warning": "warn"}
-        by_state = {"died": "bad", "failed": "bad", "retrying": "warn", "finished": "ok", "drained": "ok"}
+        by_state = {
+            "died": "bad",
+            "failed": "bad",
+            "killed": "bad",
+            "retrying": "warn",
+            "finished": "ok",
+            "drained": "ok",
+        }
         colour = by_level.get(value.level) or by_state.get(value.state, "")
         return f'<span class="state {colour}">{_e(value.state)}</span>'
     if isinstance(value, _Share):

@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from ddplog.store.reader import Drop, Event, Metric, MetricColumns, Run, RunSummary, WriterInfo
+    from ddplog.store.reader import Drop, Event, Metric, MetricColumns, Param, Run, RunSummary, WriterInfo
 
 MAX_RANKS: Final = 64
 MAX_METRICS: Final = 100
 MAX_EVENTS: Final = 20
+MAX_PARAMS: Final = 60
 MAX_SUMMARY_METRICS: Final = 12
 _FOLDER_HASH: Final = re.compile(r"-[0-9a-f]{8}$")
 """What a sink with a target has behind its name in its folder's."""
 
-_BAD_STATES: Final = ("died", "failed")
+_BAD_STATES: Final = ("died", "failed", "killed")
 
 
 def runs(found: Sequence[RunSummary], now: datetime | None = None) -> RenderableType:
@@ -68,9 +69,11 @@ def show(run: Run) -> RenderableType:
     metrics, writers, drops = run.metrics(), run.writers(), run.drops()
     parts: list[RenderableType] = [_heading(run), *_titled("Ranks", ranks(writers, drops))]
     parts += _titled(f"Metrics ({len(metrics)})", metrics_table(metrics))
+    params = run.params()
+    parts += _titled(f"Params ({len(params)})", params_table(params[:MAX_PARAMS])) if params else []
     events = run.events()
     parts += _titled(f"Events ({len(events)})", events_table(events[-MAX_EVENTS:])) if events else []
-    parts += _titled("Delivery audit: accepted = stored + dropped", audit(writers, drops))
+    parts += _titled("Delivery audit: logged = stored + dropped", audit(writers, drops))
     sinks = sinks_table(run)
     parts += _titled("Sinks", sinks) if sinks else []
     return Group(*parts)
@@ -86,7 +89,7 @@ def summary(run: Run) -> RenderableType:
     facts = _facts(run)
     drops = sum(drop.count for drop in run.drops())
     if drops:
-        facts.add_row("dropped", words(f"{count(drops)} records (ddplog show {run.run_id})", "yellow"))
+        facts.add_row("dropped", words(f"{count(drops)} values (ddplog show {run.run_id})", "yellow"))
     for state in _sink_states(run):
         facts.add_row(words(f"sink {state.name}"), _sink_line(state))
     parts: list[RenderableType] = [facts]
@@ -206,19 +209,27 @@ def events_table(events: Iterable[Event]) -> RenderableType:
     return table
 
 
+def params_table(params: Sequence[Param]) -> RenderableType:
+    """Return the params, by name."""
+    table = _table("param", "value")
+    for param in sorted(params, key=lambda param: param.name):
+        table.add_row(words(param.name), words(str(param.value)))
+    return table
+
+
 def audit(writers: Sequence[WriterInfo], drops: Sequence[Drop]) -> RenderableType:
     """Return, per rank, what it accepted, what is stored, and what was dropped by reason."""
     dropped = _dropped(drops)
     reasons = sorted({drop.reason for drop in drops})
     total = Text()
-    stored, lost = sum(w.next_seq for w in writers), sum(d.count for d in drops)
-    total.append(f"{count(stored + lost)} records accepted = {count(stored)} stored + {count(lost)} dropped")
+    stored, lost = sum(w.num_values for w in writers), sum(d.count for d in drops)
+    total.append(f"{count(stored + lost)} values logged = {count(stored)} stored + {count(lost)} dropped")
     if not reasons:
         total.stylize("green")
         return total
-    table = _table(">rank", ">accepted", ">stored", *(f">{reason}" for reason in reasons))
+    table = _table(">rank", ">logged", ">stored", *(f">{reason}" for reason in reasons))
     # A drop without a writer row stands under rank -1: it is shown, never left out.
-    known = {writer.writer_id: (writer.rank, writer.next_seq) for writer in writers}
+    known = {writer.writer_id: (writer.rank, writer.num_values) for writer in writers}
     for writer_id in sorted(dropped, key=lambda i: known.get(i, (-1, 0))):
         rank, num_stored = known.get(writer_id, (-1, 0))
         by_reason = dropped[writer_id]

@@ -108,8 +108,8 @@ def interest(key: str) -> tuple[int, str]:
 
 
 def how_ended(exit_code: int | None, signal: int | None, detail: str) -> str:
-    """Return how a rank ended, in a few words: `exit 1, ValueError: ...`, `signal 9 (SIGKILL)`."""
-    seen = f"exit {exit_code}" if exit_code is not None else ""
+    """Return how a rank ended, in a few words: `exit code 1, ValueError: ...`, `signal 9 (SIGKILL)`."""
+    seen = f"exit code {exit_code}" if exit_code is not None else ""
     if signal:
         seen = f"signal {signal}{_signal_name(signal)}"
     if seen and seen in detail:

@@ -73,7 +73,7 @@ def init(
         return current.run
     _check_sinks(resolved.sinks)
     who = identity_of.detect(os.environ)
-    folder, job = _declare(resolved, who)
+    folder, job = _declare(resolved, who, config or {})
     _ordinal += 1
     incarnation = secrets.token_bytes(16)
     try:
@@ -105,7 +105,9 @@ def init(
     return run
 
 
-def _declare(resolved: settings_of.Settings, who: identity_of.Identity) -> tuple[Path, spool.JobInfo]:
+def _declare(
+    resolved: settings_of.Settings, who: identity_of.Identity, config: Mapping[str, Any]
+) -> tuple[Path, spool.JobInfo]:
     now = time.time_ns()
     root = spool.open_spool(resolved.spool)
     key, launcher_pid = spool.job_key(os.environ, has_launcher=who.has_launcher)
@@ -120,7 +122,7 @@ def _declare(resolved: settings_of.Settings, who: identity_of.Identity) -> tuple
         dir=str(runs),
         sinks=resolved.sinks,
         tags=resolved.tags,
-        config={},
+        config=dict(config),
         created_unix_ns=now,
         launcher_pid=launcher_pid,
         node_rank=who.node_rank,
@@ -136,18 +138,19 @@ def _declare(resolved: settings_of.Settings, who: identity_of.Identity) -> tuple
 def _check_sinks(sinks: Sequence[str]) -> None:
     if not sinks:
         return
-    from ddplog.sinks import available, parse_spec
+    from ddplog.sinks import check_installed
 
-    names = available()
     for sink in sinks:
-        if parse_spec(sink).name not in names:
-            raise ConfigError("sinks", sink, f"no such sink is installed; there are {', '.join(names)}")
+        check_installed(sink)
 
 
 def _check_runs(runs: Path, resolved: settings_of.Settings, *, is_first: bool) -> None:
-    existing = next((path for path in (runs, *runs.parents) if path.exists()), runs)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError("dir", str(runs), f"{existing} cannot be written")
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError("dir", str(runs), f"cannot make this folder: {exc.strerror}") from exc
+    if not os.access(runs, os.W_OK | os.X_OK):
+        raise ConfigError("dir", str(runs), "cannot be written")
     if resolved.run_id is None or not is_first:
         return
     exists = (runs / resolved.run_id / "run.db").exists()

@@ -366,10 +366,13 @@ class Run:
             self._journal.look_after_agent()
         if self._journal.acked_seq < self._journal.next_seq and self._exit_wait_s:
             _logger.warning(
-                "ddplog: after %.0f s the store does not hold the last records of rank %d yet; they are safe in %s",
+                "ddplog: after %.0f s the store does not hold the last records of rank %d yet; they are safe in %s, and "
+                "on their way unless the job's end kills the helpers too: `ddplog sync %s` stores them (why: %s)",
                 self._exit_wait_s,
                 self.rank,
                 self._journal.folder,
+                self._job.run_dir,
+                self._journal.folder.parent / "logs",
             )
 
     def _warn(self, reason: str, message: str) -> None:
