@@ -362,7 +362,8 @@ def latency(folder: Path, who: str, steps: int, learned_step: int) -> dict[str, 
         folder: For the spool and the run.
         who: `all` ranks log, or `zero`: rank 0 only, of four.
         steps: At 20 a second.
-        learned_step: Points below it are left out: a rank that never logs is expected until its grace is over.
+        learned_step: Points below it are left out: those of the first 2 s wait for the helpers to start, and a rank that
+            never logs is expected until its grace is over.
     """
     from ddplog.store.emissions import EmissionReader
 
@@ -418,7 +419,7 @@ def measure(folder: Path, options: Any) -> dict[str, Any]:
         results["paced"] = agent_and_aggregator(folder, ranks, 10 if is_quick else 250, 1 / options.pace)
         results["paced"]["steps_per_s"] = options.pace
     if "latency" in options.parts:
-        results["latency_all"] = latency(folder, "all", 20 if is_quick else 400, 0)
+        results["latency_all"] = latency(folder, "all", 60 if is_quick else 400, 40)
         results["latency_zero"] = latency(folder, "zero", 230 if is_quick else 600, 215 if is_quick else 240)
     return results
 
