@@ -34,7 +34,9 @@ def test_every_command_line_shown_is_one_that_there_is():
 
 def test_every_file_named_is_there():
     named = set(re.findall(r"`((?:scripts|tests|src|examples|benchmarks|proto)/[\w./-]*)`", README))
-    named |= set(re.findall(r"^((?:scripts|benchmarks)/\S+|python benchmarks/\S+)", "\n".join(blocks("bash")), re.M))
+    named |= set(
+        re.findall(r"^((?:scripts|benchmarks)/\S+|python benchmarks/\S+)", "\n".join(blocks("bash")), re.MULTILINE)
+    )
 
     assert named
     for path in named:

@@ -57,7 +57,7 @@ def test_a_table_is_printed_with_the_remedies(environ, monkeypatch):
     monkeypatch.setenv("DDPLOG_SINKS", "nowhere")
     done = CliRunner().invoke(doctor.command)
     assert done.exit_code == 1
-    assert "there is no such sink" in done.stdout
+    assert "no such sink" in done.stdout
     assert "DDPLOG_SINKS" in done.stdout
 
 
@@ -114,16 +114,20 @@ def test_a_run_folder_that_cannot_be_written_is_a_problem(environ):
 
 
 def test_a_sink_without_its_extra_is_a_problem(monkeypatch):
-    entries = [SimpleNamespace(name="jsonl"), SimpleNamespace(name="tensorboard")]
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
-    monkeypatch.setattr(doctor, "EXTRAS", {"tensorboard": "ddplog_no_such_module"})
+    monkeypatch.setattr("ddplog.sinks._EXTRAS", {"tensorboard": "ddplog_no_such_module"})
     found = list(doctor.check_sinks(Settings(sinks=("jsonl", "tensorboard", "nowhere://x"))))
     assert [(c.name, c.state) for c in found] == [
         ("sink jsonl", "ok"),
         ("sink tensorboard", "problem"),
         ("sink nowhere", "problem"),
     ]
-    assert found[1].remedy == "pip install 'ddplog[tensorboard]'"
+    assert found[1].remedy == "needs the package ddplog_no_such_module: pip install ddplog_no_such_module"
+
+
+def test_a_mistyped_variable_is_named_with_what_it_may_mean(environ, monkeypatch):
+    monkeypatch.setenv("DDPLOG_GRACE", "3")
+    (check,) = doctor.check_variables(os.environ)
+    assert (check.name, check.state, check.remedy) == ("DDPLOG_GRACE", "warning", "did you mean DDPLOG_GRACE_S?")
 
 
 def test_few_descriptors_are_a_warning(monkeypatch):

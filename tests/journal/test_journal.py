@@ -241,7 +241,7 @@ def test_an_exception_of_a_signal_handler_in_the_middle_neither_loses_nor_double
 
 def test_a_full_spool_refuses_and_takes_again_when_there_is_room(tmp_path, monkeypatch):
     writer = make_writer(tmp_path / "j", spool_bytes=2 * 64 * 1024)
-    with pytest.raises(JournalFullError) as caught:
+    with pytest.raises(JournalFullError) as caught:  # noqa: PT012 - which of them is the first is not the point
         for _ in range(10_000):
             append(writer, ("a",) * 1, [1.0])
     assert caught.value.reason == "spool_full"

@@ -44,6 +44,8 @@ _COMMIT_BYTES: Final = 8 * 1024 * 1024
 _TRIM_NS: Final = 10_000_000_000
 _RETRY_S: Final = 1.0
 _MAX_NODES: Final = 64
+_SILENCE_NS: Final = 120_000_000_000
+"""Without a message of any agent for this long it ends: they are all gone, and whoever comes back starts another."""
 _PATIENCE_NS: Final = 30_000_000_000
 """How long an aggregator of a run that had ended waits for an agent's Hello."""
 
@@ -89,6 +91,7 @@ class Aggregator:
         self._is_heard = False
         """Whether an agent has said what it has: the run may have ended before, and be about to go on."""
         self._patience_ns = now + _PATIENCE_NS
+        self._heard_ns = now
         self._announce()
 
     def _announce(self) -> None:
@@ -117,6 +120,8 @@ class Aggregator:
         while True:
             messages = self.router.poll(_POLL_MS)
             now, wall = time.monotonic_ns(), time.time_ns()
+            if messages:
+                self._heard_ns = now
             for received in messages:
                 self._handle(received.routing_id, received.node_id, received.data, now, wall)
             self._hear()
@@ -128,7 +133,8 @@ class Aggregator:
                 self.forwarders.supervise(now)
             self.snapshots.refresh(now, self.forwarders)
             is_over = self.pipeline.is_closed and self.forwarders.have_ended
-            if self._is_stopping or (is_over and (self._is_heard or now > self._patience_ns)):
+            is_alone = now - self._heard_ns > _SILENCE_NS
+            if self._is_stopping or is_alone or (is_over and (self._is_heard or now > self._patience_ns)):
                 break
         self.close()
         if self._is_stopping and not self.pipeline.is_closed:

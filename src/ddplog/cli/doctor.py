@@ -6,6 +6,7 @@ Looks only: makes no folder but the spool, opens no connection, imports neither 
 from __future__ import annotations
 
 import ctypes.util
+import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -27,6 +28,7 @@ from rich.table import Table
 from ddplog.config import Settings, resolve
 from ddplog.errors import ConfigError
 from ddplog.journal.spool import default_spool, open_spool
+from ddplog.sinks import check_installed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +40,10 @@ _STYLES: Final = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
 
 PACKAGES: Final = {"pyzmq": "25", "grpcio": "1.60", "protobuf": "4.25", "numpy": "1.24", "psutil": "5.9"}
 """Distributions we cannot do without, and their oldest version, as in pyproject.toml."""
-EXTRAS: Final = {"tensorboard": "tensorboard"}
+OTHER_VARIABLES: Final = frozenset(
+    f"DDPLOG_{name}" for name in ("JOB", "SECRET", "VENV", "TEST_VENV", "TORCH", "COMPLETE")
+)
+"""Variables that are read and are no setting."""
 """Sink name -> the module that its extra brings."""
 FREE_WARN_BYTES: Final = 2 * 1024**3
 """One rank's journal may grow to 1 GiB while nothing is acknowledged (spool_bytes)."""
@@ -89,6 +94,7 @@ def examine(environ: Mapping[str, str]) -> tuple[Settings, list[Check]]:
         lambda: check_spool(settings),
         lambda: check_run_folder(settings),
         lambda: check_sinks(settings),
+        lambda: check_variables(environ),
         check_limits,
         check_gpu_library,
         lambda: check_launcher(environ),
@@ -205,23 +211,22 @@ def check_sinks(settings: Settings) -> Iterator[Check]:
         yield Check(name="sinks", state=OK, found=f"none configured; there are {', '.join(sorted(known)) or 'none'}")
     for spec in settings.sinks:
         name = spec.partition("://")[0]
-        module = EXTRAS.get(name)
-        if name not in known:
-            yield Check(
-                name=f"sink {name}",
-                state=PROBLEM,
-                found="there is no such sink",
-                remedy=f"one of {', '.join(sorted(known)) or 'none: install ddplog, not only its folder'}",
-            )
-        elif module is not None and importlib.util.find_spec(module) is None:
-            yield Check(
-                name=f"sink {name}",
-                state=PROBLEM,
-                found=f"{module} is not installed",
-                remedy=f"pip install 'ddplog[{name}]'",
-            )
+        try:
+            check_installed(spec)
+        except ConfigError as exc:
+            yield Check(name=f"sink {name}", state=PROBLEM, found=str(exc), remedy=exc.allowed)
         else:
             yield Check(name=f"sink {name}", state=OK, found=spec)
+
+
+def check_variables(environ: Mapping[str, str]) -> Iterator[Check]:
+    """Name the DDPLOG_ variables that are no setting: a mistyped one does nothing."""
+    known = {f"DDPLOG_{f.name.upper()}" for f in fields(Settings)} | OTHER_VARIABLES
+    for name in sorted(environ):
+        if name.startswith("DDPLOG_") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]}?" if close else "unset it"
+            yield Check(name=name, state=WARNING, found="no such setting", remedy=remedy)
 
 
 def check_limits() -> Iterator[Check]:

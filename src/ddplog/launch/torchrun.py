@@ -47,6 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
     from torch.distributed.run import get_args_parser
 
     parser: argparse.ArgumentParser = get_args_parser()
+    handled = parser.get_default("signals_to_handle")
+    if handled and "SIGUSR1" not in handled:  # SLURM's --signal: torchrun alone would die and leave its ranks behind
+        parser.set_defaults(signals_to_handle=f"{handled},SIGUSR1")
     return parser
 
 

@@ -314,7 +314,8 @@ def _table(*names: str) -> Table:
     for name in names:
         is_number = name.startswith(">")
         heading = words(name[1:] if is_number else name, limit=30)
-        table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+        is_id = name in ("run", "metric")  # to be copied: never over two lines
+        table.add_column(heading, justify="right" if is_number else "left", overflow="fold", no_wrap=is_id)
     return table
 
 

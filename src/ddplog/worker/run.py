@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import time
 import warnings
 from collections import deque
@@ -24,6 +25,8 @@ from ddplog.worker.identity import Identity
 from ddplog.worker.scalars import BadValueError, as_float, as_int, flatten
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from typing_extensions import Self
 
 _logger = logging.getLogger("ddplog")
@@ -380,7 +383,7 @@ class Run:
             return
         self._warned.add(reason)
         try:
-            warnings.warn(f"ddplog: {message} (further ones are only counted)", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"ddplog: {message} (further ones are only counted)", RuntimeWarning, _depth_of_caller())
         except RuntimeWarning:  # the user runs with -W error; a warning must not stop training
             _logger.warning("ddplog: %s", message)
 
@@ -435,6 +438,15 @@ class NullRun(Run):
 
     def __repr__(self) -> str:
         return "<ddplog.Run off>"
+
+
+def _depth_of_caller() -> int:
+    """Return the stacklevel of the first frame that is not ddplog's: the user's own line."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - warnings itself has skip_file_prefixes from 3.12 on only
+    depth = 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ddplog":
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def describe(kind: type[BaseException], error: BaseException | None) -> str:
