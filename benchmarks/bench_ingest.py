@@ -392,7 +392,7 @@ def latency(folder: Path, who: str, steps: int, learned_step: int) -> dict[str, 
         time.sleep(0.002)
     reader.close()
     code = job.wait(60)
-    common.wait_until(lambda: not (run_dir / "control.json").exists(), 60, "the aggregator's end")
+    common.wait_ended(run_dir)
     return {
         **common.spread(delays),
         "points": seen,

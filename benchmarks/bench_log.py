@@ -159,6 +159,7 @@ def measure(folder: Path, options: Any) -> dict[str, Any]:
     start = time.perf_counter()
     run.finish()
     results["finish_s"] = time.perf_counter() - start
+    common.wait_ended(Path(run.dir))
     results["import_ms"] = import_ms(3 if options.quick else 10)
     results["ratio_to_pack_into"] = results["tight"][_MAIN]["p50"] / results["tight"][_FLOOR]["p50"]
     return results

@@ -168,6 +168,7 @@ def launch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DDPLOG_JOB")
     env = {name: value for name, value in os.environ.items() if name not in drop}
     subprocess.run(words, env={**env, "OMP_NUM_THREADS": "1"}, check=True)
+    common.wait_ended(folder / "runs" / "bench")
     measured: dict[str, Any] = json.loads((folder / "cycles.json").read_text())
     return measured
 

@@ -200,6 +200,11 @@ def wait_until(condition: Any, timeout_s: float, what: str) -> Any:
         time.sleep(0.002)
 
 
+def wait_ended(run_dir: Path) -> None:
+    """Wait until a run's aggregator has ended: helpers must not outlive the workspace they work in."""
+    wait_until(lambda: not (run_dir / "control.json").exists(), 60, "the aggregator's end")
+
+
 def si(value: float) -> str:
     """Return a count in a form people compare: 5.21 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
