@@ -8,7 +8,7 @@ from store.store_jobs import Feed, Rank
 
 from ddplog.aggregator.forwarders import Forwarders
 from ddplog.aggregator.snapshot import Snapshots
-from ddplog.core.pipeline import Effects
+from ddplog.core.effects import Effects
 from ddplog.journal.spool import JobInfo
 from ddplog.store.run_store import RunStore
 

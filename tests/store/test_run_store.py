@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from store.store_jobs import TIME_NS, Feed, Rank
 
-from ddplog.core.pipeline import Effects, ParamRow, Pipeline
+from ddplog.core.effects import Effects, ParamRow
+from ddplog.core.pipeline import Pipeline
 from ddplog.errors import ConfigError
 from ddplog.store.rank_log import Position
 from ddplog.store.run_store import RunStore

@@ -24,7 +24,8 @@ from ddplog.aggregator.control import ControlServer
 from ddplog.aggregator.forwarders import Forwarders
 from ddplog.aggregator.snapshot import Snapshots
 from ddplog.core.dedup import Duplicate, Gap
-from ddplog.core.pipeline import Effects, Options, Pipeline, Writer, WriterInfo
+from ddplog.core.effects import Effects, Writer, WriterInfo
+from ddplog.core.pipeline import Options, Pipeline
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal.spool import JobInfo, read_job, write_atomic
 from ddplog.store.rank_log import Position

@@ -8,7 +8,8 @@ from collections import deque
 from typing import Final
 
 from ddplog.aggregator.forwarders import Forwarders
-from ddplog.core.pipeline import Effects, Pipeline, Writer
+from ddplog.core.effects import Effects, Writer
+from ddplog.core.pipeline import Pipeline
 from ddplog.core.records import NO_STEP
 from ddplog.core.watermark import EVERYTHING, NOTHING_YET
 from ddplog.journal.spool import JobInfo

@@ -20,6 +20,21 @@ import numpy as np
 
 from ddplog.core.batches import Rows, single, split
 from ddplog.core.dedup import Accept, Duplicate, Gap, admit
+from ddplog.core.effects import (
+    ENDED,
+    UNKNOWN_DEATH,
+    AttemptRow,
+    Effects,
+    EventRow,
+    KeyRow,
+    LogEntry,
+    ParamRow,
+    Restored,
+    Stale,
+    TextRow,
+    Writer,
+    WriterInfo,
+)
 from ddplog.core.panel import Emission, Panel, RankStates
 from ddplog.core.records import KIND_SCHEMA, NO_STEP, Record, scan_payload
 from ddplog.core.reduce import is_reduction
@@ -27,11 +42,6 @@ from ddplog.core.watermark import NOTHING_YET, Watermark
 
 SILENT_NODE_NS: Final = 30_000_000_000
 """A node without a sign of life for this long, after the launcher's last word, is not waited for."""
-
-
-UNKNOWN_DEATH: Final = "died, code unknown"
-ENDED: Final = ("finished", "failed", "killed", "preempted", "died")
-"""States of a writer that is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,159 +54,6 @@ class Options:
     max_keys: int
     max_open: int = 65_536
     """Open windows per panel beyond which the oldest close incomplete: a rank far ahead must not fill the memory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriterInfo:
-    """What a Hello says of a writer."""
-
-    incarnation: bytes
-    rank: int
-    world_size: int
-    local_rank: int
-    node_rank: int
-    node_id: str
-    host: str
-    pid: int
-    boot_id: str
-    started_unix_ns: int
-    is_alive: bool
-
-
-@dataclass(slots=True)
-class Writer:
-    """A writer as the pipeline knows it."""
-
-    writer_id: int
-    info: WriterInfo
-    attempt: int
-    is_reduced: bool = True
-    next_seq: int = 0
-    last_seq: int | None = None
-    """Seqs below this exist, known from its Bye."""
-    state: str = "running"
-    said_finish: bool = False
-    finish_status: str = ""
-    detail: str = ""
-    exit_code: int | None = None
-    signal: int | None = None
-    ended_unix_ns: int | None = None
-    step: int = NO_STEP
-    pending_step: tuple[int, int] | None = None
-    """(step, through_seq) shown by the agent, not yet reached."""
-    last_seen_ns: int = 0
-    last_moved_ns: int = 0
-    backlog_bytes: int = 0
-    schemas: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    drops: dict[str, int] = field(default_factory=dict)
-    num_values: int = 0
-    """Numbers and messages taken from it: what its drops are counted in, too."""
-
-    @property
-    def has_ended(self) -> bool:
-        """Nothing more will come, and all of it is here."""
-        return self.last_seq is not None and self.next_seq >= self.last_seq
-
-
-class LogEntry(NamedTuple):
-    """Records to append to the rank log."""
-
-    writer_id: int
-    attempt: int
-    rank: int
-    incarnation: bytes
-    first_seq: int
-    num_records: int
-    payload: bytes
-
-
-class KeyRow(NamedTuple):
-    key_id: int
-    name: str
-    reduce: str
-    replicated: bool
-
-
-class EventRow(NamedTuple):
-    attempt: int
-    rank: int | None
-    step: int | None
-    kind: str
-    level: str
-    message: str
-    data: str
-    time_unix_ns: int
-
-
-class TextRow(NamedTuple):
-    attempt: int
-    rank: int
-    key: str
-    step: int | None
-    text: str
-    time_unix_ns: int
-
-
-class ParamRow(NamedTuple):
-    attempt: int
-    rank: int
-    name: str
-    value: str
-    time_unix_ns: int
-
-
-class AttemptRow(NamedTuple):
-    attempt: int
-    world_size: int
-    opened_unix_ns: int
-    reason: str
-
-
-class Stale(NamedTuple):
-    """Points to derive again from the rank log."""
-
-    attempt: int
-    key_ids: tuple[int, ...]
-    steps: frozenset[int] | None
-    """None: every step."""
-
-
-@dataclass(slots=True)
-class Effects:
-    """What is to be made durable, then answered."""
-
-    log: list[LogEntry] = field(default_factory=list)
-    emissions: list[tuple[int, Emission]] = field(default_factory=list)
-    keys: list[KeyRow] = field(default_factory=list)
-    events: list[EventRow] = field(default_factory=list)
-    texts: list[TextRow] = field(default_factory=list)
-    params: list[ParamRow] = field(default_factory=list)
-    attempts: list[AttemptRow] = field(default_factory=list)
-    schemas: list[tuple[int, int, tuple[str, ...]]] = field(default_factory=list)
-    writers: dict[int, Writer] = field(default_factory=dict)
-    """Writers whose row changed."""
-    status: tuple[str, str] | None = None
-    """(status, detail) of the run, when it changed."""
-    verdict: tuple[str, str] | None = None
-    """What the launcher said, to be remembered; ("", "") forgets it."""
-    unsettled: list[Stale] = field(default_factory=list)
-    """Points that may be stored and are still to change: what a restart could not see from its replay."""
-    num_values: int = 0
-
-    def __bool__(self) -> bool:
-        return bool(
-            self.log
-            or self.emissions
-            or self.keys
-            or self.events
-            or self.texts
-            or self.params
-            or self.attempts
-            or self.schemas
-            or self.writers
-            or self.status
-            or self.verdict
-        )
 
 
 class _Piece(NamedTuple):
@@ -222,24 +79,6 @@ class _Attempt:
     """key_id -> (panel, column)"""
     layouts: dict[tuple[str, ...], tuple[_Piece, ...]] = field(default_factory=dict)
     members: list[Writer] = field(default_factory=list)
-
-
-class Restored(NamedTuple):
-    """What the store remembers of an earlier life of the aggregator."""
-
-    writers: Sequence[Writer]
-    attempts: Sequence[AttemptRow]
-    keys: Sequence[KeyRow]
-    params: Mapping[str, str]
-    emitted_to: Mapping[tuple[int, int], int]
-    """(attempt, key_id) -> largest step emitted."""
-    definitions: Sequence[tuple[str, str, bool]]
-    verdict: tuple[str, str] | None
-    """(status, detail) that the launcher gave."""
-    is_closed: bool
-    """Whether the run had ended; that stands until a new writer comes."""
-    unsettled: Sequence[Stale]
-    """Points that were about to change; they are derived again."""
 
 
 class Pipeline:

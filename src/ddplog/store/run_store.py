@@ -19,8 +19,8 @@ from uuid import uuid4
 
 import numpy as np
 
+from ddplog.core.effects import ENDED, AttemptRow, Effects, KeyRow, Restored, Stale, Writer, WriterInfo
 from ddplog.core.panel import Emission
-from ddplog.core.pipeline import ENDED, AttemptRow, Effects, KeyRow, Restored, Stale, Writer, WriterInfo
 from ddplog.core.records import NO_STEP
 from ddplog.errors import ConfigError, DdplogError
 from ddplog.store import schema
