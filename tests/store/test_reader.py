@@ -16,7 +16,8 @@ from view.run_maker import HOSTILE, T0, RunMaker, typical
 
 from ddplog.errors import DdplogError, RunNotFoundError
 from ddplog.store import reader
-from ddplog.store.reader import UnknownMetricError, list_runs, open_run
+from ddplog.store.columns import UnknownMetricError
+from ddplog.store.reader import list_runs, open_run
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ from ddplog.errors import ConfigError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ddplog.store.reader import MetricColumns, Run
+    from ddplog.store.columns import MetricColumns
+    from ddplog.store.reader import Run
 
 COLUMNS: Final = (
     "key", "step", "attempt", "value", "n", "expected", "min", "min_rank", "max", "max_rank", "mean", "std", "nan_count",

@@ -10,7 +10,8 @@ from ddplog.cli import output
 from ddplog.cli.target import find, run_argument
 
 if TYPE_CHECKING:
-    from ddplog.store.reader import Metric, MetricColumns, RankColumns, Run
+    from ddplog.store.columns import Metric, MetricColumns, RankColumns
+    from ddplog.store.reader import Run
 
 
 @click.command("show")

@@ -12,7 +12,8 @@ from click.shell_completion import CompletionItem
 
 from ddplog import config
 from ddplog.errors import RunNotFoundError
-from ddplog.store.reader import RunSummary, list_runs
+from ddplog.store.columns import RunSummary
+from ddplog.store.reader import list_runs
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 LATEST = "latest"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import sqlite3
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddplog.errors import DdplogError, RunNotFoundError
+from ddplog.store.columns import (
+    Attempt,
+    Drop,
+    Event,
+    Metric,
+    MetricColumns,
+    Param,
+    Point,
+    RankColumns,
+    RunSummary,
+    SinkState,
+    Text,
+    UnknownMetricError,
+    WriterInfo,
+    columns_of,
+    concatenate,
+    floats,
+    import_pandas,
+    ints,
+)
 from ddplog.store.schema import FORMAT_VERSION, META_FORMAT, META_RUN, META_STATUS, META_WATERMARK
 
 if TYPE_CHECKING:
@@ -34,8 +54,6 @@ if TYPE_CHECKING:
 
     from ddplog.store.step_times import RankStepTimes
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 
 PAGE_ROWS: Final = 20_000
 """Rows fetched by one statement: about 3 MB, 20 ms, short against the writer's checkpoint interval."""
@@ -52,221 +70,6 @@ _RANK_POINTS_PAGE: Final = """
     SELECT step, rank, attempt, value, time_unix_ns
     FROM rank_points WHERE key_id = ? AND (step, rank, attempt) > (?, ?, ?) ORDER BY step, rank, attempt LIMIT ?
 """
-
-
-class UnknownMetricError(DdplogError, KeyError):
-    """The run has no metric of that name."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # KeyError would show the repr
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricColumns:
-    """One metric's points as columns of one length, ascending by step. Owned by the caller."""
-
-    step: Ints
-    value: Floats
-    """The declared reduction. NaN where the ranks' values were not numbers."""
-    mean: Floats
-    min: Floats
-    max: Floats
-    std: Floats
-    min_rank: Ints
-    """-1 where there is none."""
-    max_rank: Ints
-    """-1 where there is none."""
-    n: Ints
-    """Ranks that reported."""
-    expected: Ints
-    """Ranks that were waited for."""
-    nan_count: Ints
-    inf_count: Ints
-    bad_rank: Ints
-    """The first rank that had a NaN or Inf; -1 where none had."""
-    attempt: Ints
-    revision: Ints
-    time_unix_ns: Ints
-
-    def __len__(self) -> int:
-        return len(self.step)
-
-    def take(self, index: NDArray[Any]) -> MetricColumns:
-        """Return the rows of a mask or of positions."""
-        return MetricColumns(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
-
-    def to_pandas(self) -> Any:
-        """Return a DataFrame indexed by step.
-
-        Raises:
-            DdplogError: If pandas is not installed.
-        """
-        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}
-        pandas = _pandas()
-        return pandas.DataFrame(columns, index=pandas.Index(self.step, name="step"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankColumns:
-    """The values of a key with `reduce="none"`, ascending by step, then rank."""
-
-    step: Ints
-    rank: Ints
-    value: Floats
-    attempt: Ints
-    time_unix_ns: Ints
-
-    def __len__(self) -> int:
-        return len(self.step)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """One key: how it was declared, and its newest point, if it has one."""
-
-    key: str
-    reduce: str
-    is_replicated: bool
-    num_points: int
-    """Points, and for `reduce="none"` the values kept per rank."""
-    last: MetricColumns
-    """Length 0 or 1: the point of the largest step in the newest attempt that has the key."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
-    """One opening of the job: ranks of different attempts are never reduced together."""
-
-    attempt: int
-    world_size: int
-    opened_unix_ns: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriterInfo:
-    """One life of one rank."""
-
-    writer_id: int
-    incarnation: bytes
-    attempt: int
-    rank: int
-    world_size: int
-    local_rank: int
-    node_rank: int
-    host: str
-    pid: int
-    boot_id: str
-    started_unix_ns: int
-    next_seq: int
-    """Records stored."""
-    num_values: int
-    """Numbers and messages (params, texts, alerts) stored: the unit of the drops."""
-    step: int | None
-    state: str
-    exit_code: int | None
-    signal: int | None
-    detail: str
-    ended_unix_ns: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Param:
-    id: int
-    attempt: int
-    rank: int
-    name: str
-    value: Any
-    """As logged; text where it was not JSON."""
-    time_unix_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    id: int
-    attempt: int
-    rank: int
-    key: str
-    step: int | None
-    text: str
-    time_unix_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    id: int
-    attempt: int
-    rank: int | None
-    step: int | None
-    kind: str
-    level: str
-    message: str
-    data: Mapping[str, Any]
-    time_unix_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drop:
-    """Records of one writer that are not in the store, and why."""
-
-    writer_id: int
-    rank: int
-    attempt: int
-    reason: str
-    count: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One row of `points`, NaN as None is in SQL."""
-
-    id: int
-    key: str
-    attempt: int
-    step: int
-    value: float | None
-    n: int
-    expected: int
-    min: float | None
-    min_rank: int | None
-    max: float | None
-    max_rank: int | None
-    mean: float | None
-    std: float | None
-    nan_count: int
-    inf_count: int
-    bad_rank: int | None
-    revision: int
-    time_unix_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SinkState:
-    """What a sink's forwarder last wrote to sinks/<name>/state.json."""
-
-    name: str
-    state: str
-    """starting, running, retrying, failed, drained; `unreadable` where the file is not what it should be."""
-    cursor: int
-    lag: int
-    detail: str
-    time_unix_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSummary:
-    """One line of `ddplog ls`. Of an unreadable run only run_id, path, status and detail mean something."""
-
-    run_id: str
-    path: Path
-    name: str
-    project: str
-    status: str
-    detail: str
-    started: datetime | None
-    ended: datetime | None
-    world_size: int
-    num_points: int
 
 
 class Run:
@@ -404,7 +207,7 @@ class Run:
         Raises:
             UnknownMetricError: Naming close matches.
         """
-        return _concatenate(list(self.metric_pages(key, attempt)))
+        return concatenate(list(self.metric_pages(key, attempt)))
 
     def metric_pages(
         self, key: str, attempt: int | None = None, *, every_attempt: bool = False, limit: int = PAGE_ROWS
@@ -432,9 +235,9 @@ class Run:
                 held = rows[-1:]
                 rows = [row for row, later in pairwise(rows) if row[0] != later[0]]
             if rows:
-                yield _columns(rows)
+                yield columns_of(rows)
         if held:
-            yield _columns(held)
+            yield columns_of(held)
 
     def rank_metric(self, key: str, attempt: int | None = None) -> RankColumns:
         """Return the values of a key declared with `reduce="none"`, one row per step and rank.
@@ -448,9 +251,9 @@ class Run:
         while rows := self._rows(_RANK_POINTS_PAGE, (key_id, *after, PAGE_ROWS)):
             after = tuple(rows[-1][:3])
             step, rank, attempts, value, times = zip(*rows, strict=True)
-            pages.append((_ints(step), _ints(rank), _ints(attempts), _floats(value), _ints(times)))
+            pages.append((ints(step), ints(rank), ints(attempts), floats(value), ints(times)))
         columns: list[NDArray[Any]] = [np.concatenate(column) for column in zip(*pages, strict=True)] if pages else []
-        columns = columns or [_ints(())] * 5
+        columns = columns or [ints(())] * 5
         if attempt is not None:
             columns = [column[columns[2] == attempt] for column in columns]
         # Sorted by step, rank and attempt: the last of each step and rank is the highest attempt's.
@@ -506,7 +309,7 @@ class Run:
         Raises:
             DdplogError: If pandas is not installed.
         """
-        pandas = _pandas()
+        pandas = import_pandas()
         columns = {}
         for key in self.keys():
             found = self.metric(key)
@@ -598,8 +401,8 @@ class Run:
                 (key_id, attempt),
             )
             if rows:
-                return _columns(rows)
-        return _columns([])
+                return columns_of(rows)
+        return columns_of([])
 
     def _paged(self, table: str, columns: str) -> Iterator[Sequence[Any]]:
         after = -1
@@ -739,43 +542,6 @@ def _is_alive(pid: int, start_ticks: int | None) -> bool:
     return fields[0] not in ("Z", "X") and start_ticks in (None, int(fields[19]))
 
 
-def _columns(rows: Sequence[Sequence[Any]]) -> MetricColumns:
-    parts: Sequence[Sequence[Any]] = list(zip(*rows, strict=True)) if rows else ((),) * 16
-    return MetricColumns(
-        step=_ints(parts[0]),
-        attempt=_ints(parts[1]),
-        value=_floats(parts[2]),
-        mean=_floats(parts[3]),
-        min=_floats(parts[4]),
-        max=_floats(parts[5]),
-        std=_floats(parts[6]),
-        min_rank=_ints(parts[7]),
-        max_rank=_ints(parts[8]),
-        n=_ints(parts[9]),
-        expected=_ints(parts[10]),
-        nan_count=_ints(parts[11]),
-        inf_count=_ints(parts[12]),
-        bad_rank=_ints(parts[13]),
-        revision=_ints(parts[14]),
-        time_unix_ns=_ints(parts[15]),
-    )
-
-
-def _concatenate(pages: Sequence[MetricColumns]) -> MetricColumns:
-    if len(pages) < 2:
-        return pages[0] if pages else _columns([])
-    names = [f.name for f in fields(MetricColumns)]
-    return MetricColumns(**{name: np.concatenate([getattr(page, name) for page in pages]) for name in names})
-
-
-def _ints(values: Sequence[Any]) -> Ints:
-    return np.array([-1 if value is None else value for value in values], dtype=np.int64)
-
-
-def _floats(values: Sequence[Any]) -> Floats:
-    return np.array(values, dtype=np.float64)  # None becomes NaN
-
-
 def _datetime(time_unix_ns: int) -> datetime:
     return datetime.fromtimestamp(time_unix_ns / 1e9, tz=timezone.utc)
 
@@ -790,11 +556,3 @@ def _json(text: str) -> Any:
 def _json_object(text: str) -> Mapping[str, Any]:
     value = _json(text)
     return value if isinstance(value, dict) else {}
-
-
-def _pandas() -> Any:
-    try:
-        import pandas as pd
-    except ImportError as exc:
-        raise DdplogError("to_pandas needs pandas, which is not installed: pip install ddplog[pandas]") from exc
-    return pd

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ddplog.store.reader import Metric, MetricColumns, RankColumns, Run
+    from ddplog.store.columns import Metric, MetricColumns, RankColumns
+    from ddplog.store.reader import Run
     from ddplog.store.step_times import RankStepTimes
 
 MAX_LINES: Final = 16

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ddplog.store.reader import MetricColumns
+    from ddplog.store.columns import MetricColumns
 
 MAX_POINTS: Final = 2000
 """Points of one series on a page: about 4 per horizontal pixel of a chart."""

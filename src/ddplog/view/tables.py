@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ddplog.store.reader import RankColumns, SinkState
+from ddplog.store.columns import RankColumns, SinkState
 from ddplog.view.text import count, how_ended, interest, moment, number, seconds, status_words, words
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from ddplog.store.reader import Drop, Event, Metric, MetricColumns, Param, Run, RunSummary, WriterInfo
+    from ddplog.store.columns import Drop, Event, Metric, MetricColumns, Param, RunSummary, WriterInfo
+    from ddplog.store.reader import Run
 
 MAX_RANKS: Final = 64
 MAX_METRICS: Final = 100
