@@ -1,6 +1,7 @@
 """Writers, attempts, how the run ends; and the whole of it against a naive model."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,6 +138,23 @@ def test_a_gap_is_refused_and_an_unknown_writer_too():
 
     assert h.send(a, first=1) == Gap(next_seq=0)
     assert h.pipeline.batch(b"?" * 16, 0, 1, a.records[0], 0, 0) is None
+
+
+def test_a_gap_that_no_journal_can_fill_is_a_loss_with_its_range():
+    """Without it the writer would be asked for the lost records for ever."""
+    a = Rank(0, 1).log(0, x=1.0).log(1, x=2.0)
+    h = Harness()
+    info = a.info()
+    h.pipeline.hello([replace(info, oldest_seq=7)], 0, 1)
+    writer = h.pipeline.writers[a.incarnation]
+    h.pipeline.progress(a.incarnation, None, 0, {"bad_value": 1}, 0, 0)
+    h.tick()
+
+    assert writer.next_seq == 7
+    assert writer.drops == {"bad_value": 1, "lost_records": 7}
+    assert [event.message for event in h.events] == [
+        "rank 0: 7 records, seq 0 to 6, are lost: its journal was trimmed, and the store is new"
+    ]
 
 
 def test_a_malformed_batch_changes_nothing():

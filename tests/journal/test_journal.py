@@ -61,12 +61,13 @@ class JournalModel(RuleBasedStateMachine):
     @rule(count=st.integers(1, 30), width=st.integers(1, 200), step=st.integers(-5, 5))
     def log(self, count, width, step):
         keys = tuple(f"k{i}" for i in range(width))
-        if keys not in self.writer._schemas:
-            self.written.append(("schema", keys))
         for i in range(count):
             values = [float(i * 1000 + j) for j in range(width)]
+            before = self.writer.next_seq
             if not self.writer.log_floats(dict(zip(keys, values, strict=True)), step, 2.0):
                 append(self.writer, keys, values, step, 2.0)
+            if self.writer.next_seq == before + 2:  # the first of its kind in the segment
+                self.written.append(("schema", keys))
             self.written.append((step, tuple(values)))
 
     @rule(size=st.integers(1, 40_000))
@@ -251,7 +252,7 @@ def test_a_full_spool_refuses_and_takes_again_when_there_is_room(tmp_path, monke
         append(writer, ("a",), [1.0])
     writer._retry_at_ns = 0
     append(writer, ("a",), [7.0])
-    assert writer.next_seq == written + 1
+    assert writer.next_seq == written + 2  # the new segment declares its keys
 
 
 def test_drops_are_counted_where_the_agent_sees_them(tmp_path):
@@ -345,3 +346,20 @@ def test_death_is_seen_at_once_also_when_a_forked_child_lives_on(tmp_path, how):
             os.killpg(child.pid, signal.SIGKILL)
         child.stdin.close()
         child.stdout.close()
+
+
+def test_what_is_left_of_a_journal_can_be_read_without_its_beginning(tmp_path):
+    """Acknowledged segments are deleted, and the store that acknowledged them may be lost."""
+    writer = make_writer(tmp_path / "j")
+    while writer._number < 3:
+        append(writer, ("a", "b"), [1.0, 2.0])
+    for number in (1, 2):
+        (tmp_path / "j" / layout.segment_name(number)).unlink()
+    append(writer, ("a", "b"), [3.0, 4.0])
+    reader = JournalReader(tmp_path / "j")
+    chunk = reader.read(1 << 20)
+    first, *rest = (decode(chunk.payload, offset) for offset, _ in scan_payload(chunk.payload))
+
+    assert chunk.first_seq == reader.oldest_seq == first.seq
+    assert first.kind == KIND_SCHEMA
+    assert {record.schema_id for record in rest} == {first.message["id"]}

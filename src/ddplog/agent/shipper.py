@@ -302,4 +302,5 @@ def _writer(tracked: Tracked) -> pb.Writer:
         boot_id=identity["boot_id"],
         started_unix_ns=identity["started_unix_ns"],
         is_alive=tracked.is_alive,
+        oldest_seq=tracked.reader.oldest_seq,
     )

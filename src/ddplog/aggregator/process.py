@@ -345,6 +345,7 @@ def _info(writer: pb.Writer, node_id: str) -> WriterInfo:
         boot_id=writer.boot_id,
         started_unix_ns=writer.started_unix_ns,
         is_alive=writer.is_alive,
+        oldest_seq=writer.oldest_seq,
     )
 
 

@@ -29,6 +29,8 @@ class WriterInfo:
     boot_id: str
     started_unix_ns: int
     is_alive: bool
+    oldest_seq: int = 0
+    """What is left of its journal begins here."""
 
 
 @dataclass(slots=True)
@@ -57,6 +59,8 @@ class Writer:
     backlog_bytes: int = 0
     schemas: dict[int, tuple[str, ...]] = field(default_factory=dict)
     drops: dict[str, int] = field(default_factory=dict)
+    num_lost: int = 0
+    """Records that were in no journal any more when the store asked for them."""
     num_values: int = 0
     """Numbers and messages taken from it: what its drops are counted in, too."""
 

@@ -147,8 +147,20 @@ class Pipeline:
                 writer = self._admit_writer(info, now_ns, time_unix_ns)
             writer.info = info
             writer.last_seen_ns = now_ns
+            if info.oldest_seq > writer.next_seq:
+                self._lose(writer, info.oldest_seq, time_unix_ns)
             result.append(writer)
         return result
+
+    def _lose(self, writer: Writer, oldest_seq: int, time_unix_ns: int) -> None:
+        """Close a gap that nothing can fill: without it, the writer would be asked for it for ever."""
+        count = oldest_seq - writer.next_seq
+        message = f"rank {writer.info.rank}: {count} records, seq {writer.next_seq} to {oldest_seq - 1}, are lost"
+        self._event(writer, time_unix_ns, "loss", "error", f"{message}: its journal was trimmed, and the store is new")
+        writer.next_seq = oldest_seq
+        writer.num_lost += count
+        writer.drops["lost_records"] = writer.num_lost
+        self._effects.writers[writer.writer_id] = writer
 
     def _admit_writer(self, info: WriterInfo, now_ns: int, time_unix_ns: int) -> Writer:
         attempt, is_reduced = self._choose_attempt(info, now_ns, time_unix_ns)
@@ -473,8 +485,9 @@ class Pipeline:
         writer.last_seen_ns = now_ns
         self.node_seen_ns[writer.info.node_id] = now_ns
         writer.backlog_bytes = backlog_bytes
-        if dict(drops) != writer.drops:
-            writer.drops = dict(drops)
+        known = {**drops, "lost_records": writer.num_lost} if writer.num_lost else dict(drops)
+        if known != writer.drops:
+            writer.drops = known
             self._effects.writers[writer.writer_id] = writer
         if step is not None:
             writer.pending_step = (step, through_seq)

@@ -18,7 +18,7 @@ frame whose checksum is wrong is "not yet" while its writer lives and torn once 
 random per segment, so bytes of an earlier life never pass for a record.
 
 A SCHEMA frame names the keys of the SCALARS frames that carry its id; it precedes them in the same
-incarnation. Everything that is not a scalar is a MESSAGE, a JSON object with a "type":
+segment. Everything that is not a scalar is a MESSAGE, a JSON object with a "type":
 
     params    {"values": {name: value}}
     text      {"key": str, "text": str}

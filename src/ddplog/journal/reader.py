@@ -202,6 +202,12 @@ class JournalReader:
             if self.next_seq >= seq:
                 return
 
+    @property
+    def oldest_seq(self) -> int:
+        """The seq of the oldest frame that is left."""
+        numbers = layout.segment_numbers(str(self.folder))
+        return self._first_seq(numbers[0]) if numbers else 0
+
     def sync(self) -> None:
         """Make the newest segments durable on this node's disk."""
         for number in layout.segment_numbers(str(self.folder))[-2:]:

@@ -110,6 +110,7 @@ class JournalWriter:
         self._is_busy = False
         self.deferred: deque[tuple[Mapping[str, Any], int | None, float]] = deque()
         self._schemas: dict[tuple[str, ...], Schema] = {}
+        self._num_schemas = 0
         self._last_keys: tuple[str, ...] | None = None
         self._last_schema: Schema = _NO_SCHEMA
         self._number = 0
@@ -220,9 +221,8 @@ class JournalWriter:
         """
         self._tick()
         schema = self._schemas.get(keys)
-        if schema is None:
+        if schema is None or self._offset + schema.size > self._limit:
             schema = self._declare(keys)
-        self._make_room(schema.size)
         now, view, offset = time_ns(), self._view, self._offset
         end = offset + schema.size
         schema.pack_into(view, offset + 8, self._seq, schema.head, schema.aux, step, now, weight, *values)
@@ -258,8 +258,18 @@ class JournalWriter:
         self.append_message(message)
 
     def _declare(self, keys: tuple[str, ...]) -> Schema:
-        schema = Schema(len(self._schemas) + 1, len(keys))
-        self.append_message({"id": len(self._schemas) + 1, "keys": keys}, kind=KIND_SCHEMA)
+        """Return the schema of a segment that has room for its declaration and a record.
+
+        Every segment declares its own, under new ids: what is left of a journal can be read without its beginning.
+        """
+        message = {"id": self._num_schemas + 1, "keys": keys}
+        schema = Schema(self._num_schemas + 1, len(keys))
+        self._make_room(len(encode_message(KIND_SCHEMA, 0, NO_STEP, 0, message, 0)) + schema.size)
+        known = self._schemas.get(keys)
+        if known is not None:
+            return known
+        self.append_message(message, kind=KIND_SCHEMA)
+        self._num_schemas += 1
         self._schemas[keys] = schema
         return schema
 
@@ -318,6 +328,7 @@ class JournalWriter:
         path.with_suffix(".new").rename(path)
         self._segment, self._view, self._epoch = mapping, memoryview(mapping), epoch
         self._number += 1
+        self._schemas, self._last_keys = {}, None
         self._offset, self._limit, self._size = layout.SEGMENT_HEADER_BYTES, size - _LAST_BYTES, size
 
     # -- the head page
@@ -368,11 +379,6 @@ class JournalWriter:
     @property
     def next_seq(self) -> int:
         return self._seq
-
-    @property
-    def num_keys(self) -> int:
-        """Distinct keys declared so far."""
-        return len({key for keys in self._schemas for key in keys})
 
     def flush(self) -> None:
         """Make every record durable on this node. Blocks for one msync."""

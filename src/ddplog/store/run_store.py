@@ -172,6 +172,7 @@ class RunStore:
             step=NO_STEP if step is None else step,
             schemas=schemas.get(writer_id, {}),
             drops=drops.get(writer_id, {}),
+            num_lost=drops.get(writer_id, {}).get("lost_records", 0),
             num_values=num_values,
         )
 

@@ -37,7 +37,7 @@ class Hello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., node_id: _Optional[str] = ..., writers: _Optional[_Iterable[_Union[Writer, _Mapping]]] = ...) -> None: ...
 
 class Writer(_message.Message):
-    __slots__ = ("incarnation", "rank", "world_size", "local_rank", "node_rank", "pid", "host", "boot_id", "started_unix_ns", "is_alive")
+    __slots__ = ("incarnation", "rank", "world_size", "local_rank", "node_rank", "pid", "host", "boot_id", "started_unix_ns", "is_alive", "oldest_seq")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class Writer(_message.Message):
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     STARTED_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     IS_ALIVE_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_SEQ_FIELD_NUMBER: _ClassVar[int]
     incarnation: bytes
     rank: int
     world_size: int
@@ -58,7 +59,8 @@ class Writer(_message.Message):
     boot_id: str
     started_unix_ns: int
     is_alive: bool
-    def __init__(self, incarnation: _Optional[bytes] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., node_rank: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., boot_id: _Optional[str] = ..., started_unix_ns: _Optional[int] = ..., is_alive: bool = ...) -> None: ...
+    oldest_seq: int
+    def __init__(self, incarnation: _Optional[bytes] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., node_rank: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., boot_id: _Optional[str] = ..., started_unix_ns: _Optional[int] = ..., is_alive: bool = ..., oldest_seq: _Optional[int] = ...) -> None: ...
 
 class WriterCursor(_message.Message):
     __slots__ = ("incarnation", "next_seq", "attempt")

@@ -263,6 +263,7 @@ def _check_hello(hello: Hello) -> None:
         _check_text("host", writer.host, _MAX_NAME)
         _check_text("boot_id", writer.boot_id, _MAX_NAME)
         _check_integer("started_unix_ns", writer.started_unix_ns)
+        _check_integer("oldest_seq", writer.oldest_seq)
 
 
 def _check_welcome(welcome: Welcome) -> None:
