@@ -82,6 +82,7 @@ def test_signals_are_passed_on(name):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(getattr(signal, name), signal.SIG_DFL),  # noqa: PLW1509 - no thread here; under nohup, SIGHUP is ignored
     )
     with process:
         assert process.stdout.readline() == "ready\n"
