@@ -232,7 +232,7 @@ def aggregator_alone(folder: Path, ranks: int, num_batches: int, steps_per_batch
     return {
         "values": values, "ranks": ranks, "steps_per_batch": steps_per_batch, **measured,
         "values_per_s": values / measured["seconds"],
-        "values_per_cpu_s": values / measured["aggregator_cpu_s"],
+        "values_per_cpu_s": values / max(measured["aggregator_cpu_s"], 0.01),
         "end_s": time.monotonic() - start, "exit_code": code,
         "store": check_points(info.run_dir, steps, ranks),
     }  # fmt: skip

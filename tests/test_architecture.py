@@ -22,7 +22,7 @@ PACKAGE = "ddplog"
 BASE, CORE, GENERATED, EDGE, PROCESS, ENTRY = range(6)
 INTEGRATIONS = ("ddp", "horovod", "lightning", "huggingface", "accelerate", "comet")
 LAYERS = {
-    **dict.fromkeys(("errors", "config", "bootstrap"), BASE),
+    **dict.fromkeys(("errors", "config", "bootstrap", "killpoints"), BASE),
     "core": CORE,
     "v1": GENERATED,
     **dict.fromkeys(("sinks", "store", "journal", "wire", "sampling", "view"), EDGE),
@@ -34,6 +34,7 @@ LAYERS = {
 
 DRAWN = {
     ("config", "errors"),
+    ("killpoints", "errors"),
     ("view", "store"),
 }
 """(importer, imported) of one layer, besides those of ENTRY, which may all import each other."""

@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from ddplog import killpoints
 from ddplog.agent.shipper import Shipper
 from ddplog.bootstrap import command
 from ddplog.errors import RemoteProtocolError
@@ -108,6 +109,7 @@ class Agent:
             if not dealer.send(data):
                 self.shipper.joined()  # the queue is full: begin again from what is acknowledged
                 break
+            killpoints.reach("agent.after_send")
         beat = self.shipper.heartbeat(now, is_over=is_over)
         if beat is not None:
             dealer.send(beat)
@@ -217,6 +219,7 @@ def _lives(descriptor: int) -> bool:
 def main() -> None:
     """Run the agent of the job folder in argv[1]."""
     folder = Path(sys.argv[1])
+    killpoints.arm(os.environ)
     _detach()
     os.nice(10)  # the ranks come first; the aggregator and the forwarders inherit it
     logging.basicConfig(level=logging.INFO, format="%(asctime)s agent %(process)d %(levelname)s %(message)s")

@@ -16,6 +16,7 @@ from typing import Final
 
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal.reader import JournalReader
+from ddplog.killpoints import reach
 from ddplog.v1 import data_pb2 as pb
 from ddplog.wire import codec
 
@@ -152,6 +153,7 @@ class Shipper:
         elif isinstance(message, pb.Ack):
             for cursor in message.cursors:
                 self._acknowledge(cursor.incarnation, cursor.next_seq, now_ns)
+            reach("agent.after_ack")
         elif isinstance(message, pb.Reject):
             _logger.warning("the aggregator refused: %s %s", pb.Reject.Reason.Name(message.reason), message.message)
             if message.reason == pb.Reject.UNKNOWN_WRITER:
@@ -240,6 +242,7 @@ class Shipper:
                 return
             tracked.bye_seq = tracked.reader.next_seq
             yield self._heartbeat(is_over=False)  # its last drops, before the run may close
+            reach("agent.before_bye")
             yield codec.encode_bye(tracked.incarnation, tracked.bye_seq, finished=tracked.reader.has_finished)
             self._note_acked(tracked, tracked.acked_seq)
 

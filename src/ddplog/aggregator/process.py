@@ -20,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
+from ddplog import killpoints
 from ddplog.aggregator.control import ControlServer
 from ddplog.aggregator.forwarders import Forwarders
 from ddplog.aggregator.snapshot import Snapshots
@@ -111,6 +112,7 @@ class Aggregator:
         for position, writer_id, first_seq, payload in self.store.entries(self.store.replay_from):
             self._positions.append((self.pipeline.num_entries, position))
             self.pipeline.replay(writer_id, first_seq, payload, now)
+            killpoints.reach("aggregator.during_replay")
         self.pipeline.end_replay()
 
     # -- the loop
@@ -228,6 +230,7 @@ class Aggregator:
                 effects.emissions.append((stale.attempt, emission))
         if effects:
             self._make_durable(effects)
+            killpoints.reach("aggregator.after_commit")
             self.snapshots.note(effects)
         self._committed_ns = time.monotonic_ns()
         self._pending_bytes = 0
@@ -356,6 +359,7 @@ def _cursor(writer: Writer) -> codec.Cursor:
 def main() -> None:
     """Run the aggregator of the job folder in argv[1]."""
     folder = Path(sys.argv[1])
+    killpoints.arm(os.environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s aggregator %(process)d %(levelname)s %(message)s")

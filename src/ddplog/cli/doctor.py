@@ -41,7 +41,7 @@ _STYLES: Final = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
 PACKAGES: Final = {"pyzmq": "25", "grpcio": "1.60", "protobuf": "4.25", "numpy": "1.24", "psutil": "5.9"}
 """Distributions we cannot do without, and their oldest version, as in pyproject.toml."""
 OTHER_VARIABLES: Final = frozenset(
-    f"DDPLOG_{name}" for name in ("JOB", "SECRET", "VENV", "TEST_VENV", "TORCH", "COMPLETE")
+    f"DDPLOG_{name}" for name in ("JOB", "SECRET", "KILL_AT", "KILL_LOG", "VENV", "TEST_VENV", "TORCH", "COMPLETE")
 )
 """Variables that are read and are no setting."""
 """Sink name -> the module that its extra brings."""

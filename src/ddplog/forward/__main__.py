@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ddplog import killpoints
 from ddplog.errors import ConfigError, DdplogError
 from ddplog.forward.process import EXIT_UNUSABLE, ProcessHost, forward
 
@@ -29,6 +30,7 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = parser.parse_args(argv)
     host = ProcessHost(arguments.parent_pid)
     try:
+        killpoints.arm(os.environ)
         return forward(arguments.run_dir, arguments.sink, host, once=arguments.once)
     except DdplogError as exc:
         sys.stderr.write(f"ddplog.forward: {exc}\n")

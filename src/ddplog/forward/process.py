@@ -23,6 +23,7 @@ from typing import Final, Protocol
 from ddplog.core.delivery import Backoff, Delivery, RunStatus, Send, Wait
 from ddplog.errors import ConfigError, PermanentSinkError, RetryableSinkError, RunNotFoundError, SinkError
 from ddplog.forward.ledger import Cursor, Ledger, SinkState
+from ddplog.killpoints import reach
 from ddplog.sinks import Sink, SinkSpec, make_sink, parse_spec
 from ddplog.store.emissions import EmissionReader
 
@@ -233,7 +234,9 @@ class Forwarder:
             if dead is None:
                 return
             ledger.bury(dead)
+        reach("forwarder.after_write")
         ledger.write_cursor(Cursor(cursor=delivery.cursor, position=delivery.position, store_uuid=self._uuid))
+        reach("forwarder.after_cursor")
         self._lag = max(0, self._lag - (delivery.cursor - before))
         self._show("running", is_urgent=False)
         self._pause(0)

@@ -38,6 +38,7 @@ from ddplog.core.records import (
     scan,
 )
 from ddplog.journal import segment as layout
+from ddplog.killpoints import reach
 
 _MAX_DEFERRED: Final = 10_000
 _CHECK_NS: Final = 1_000_000_000
@@ -325,7 +326,9 @@ class JournalWriter:
         layout.SEGMENT_HEADER.pack_into(
             mapping, 0, layout.SEGMENT_MAGIC, layout.FORMAT_VERSION, epoch, self.incarnation, self._seq
         )
+        reach("writer.before_rename")
         path.with_suffix(".new").rename(path)
+        reach("writer.after_rename")
         self._segment, self._view, self._epoch = mapping, memoryview(mapping), epoch
         self._number += 1
         self._schemas, self._last_keys = {}, None

@@ -23,6 +23,7 @@ from ddplog.core.effects import ENDED, AttemptRow, Effects, KeyRow, Restored, St
 from ddplog.core.panel import Emission
 from ddplog.core.records import NO_STEP
 from ddplog.errors import ConfigError, DdplogError
+from ddplog.killpoints import reach
 from ddplog.store import schema
 from ddplog.store.rank_log import Position, RankLog, iter_entries
 
@@ -200,7 +201,9 @@ class RunStore:
         try:
             positions = self.rank_log.extend(effects.log)
             if positions:
+                reach("aggregator.after_log_append")
                 self.rank_log.sync()
+                reach("aggregator.after_log_sync")
             self._db.execute("BEGIN IMMEDIATE")
             self._write(effects, time_unix_ns)
             replay_from = locate(positions) or self.rank_log.end
@@ -210,6 +213,7 @@ class RunStore:
             rows = [(stale.attempt, list(stale.key_ids), sorted(stale.steps or ())) for stale in effects.unsettled]
             if rows != self._unsettled:
                 self._put_meta(schema.META_UNSETTLED, rows)
+            reach("aggregator.before_sql_commit")
             self._db.execute("COMMIT")
             self._unsettled = rows
         except BaseException as exc:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from ddplog import config as settings_of
+from ddplog import killpoints
 from ddplog.errors import ConfigError
 from ddplog.journal import spool
 from ddplog.journal.writer import JournalWriter
@@ -67,6 +68,7 @@ def init(
         "resume": resume,
         **settings,
     }
+    killpoints.arm(os.environ)
     resolved = settings_of.resolve(arguments)
     if resolved.mode == "off":
         current.run = NullRun()
