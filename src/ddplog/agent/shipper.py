@@ -26,6 +26,8 @@ WINDOW_BYTES: Final = 16 * 1024 * 1024
 BATCH_BYTES: Final = 256 * 1024
 RESEND_NS: Final = 5_000_000_000
 HEARTBEAT_NS: Final = 250_000_000
+_FULL: Final = frozenset({"disk_full", "spool_full"})
+"""Drops that say there is no room: better the next record than a second copy of one that is stored."""
 SYNC_NS: Final = 500_000_000
 DEATH_CHECK_NS: Final = 20_000_000
 """torchrun looks every 100 ms and then ends the other ranks: who died first must have been seen by then."""
@@ -280,7 +282,8 @@ class Shipper:
             if tracked.synced_seq != tracked.reader.next_seq:
                 tracked.synced_seq = tracked.reader.next_seq
                 tracked.reader.sync()
-                tracked.reader.trim(tracked.acked_seq, self.keep_bytes)
+                is_full = not _FULL.isdisjoint(tracked.reader.drops)
+                tracked.reader.trim(tracked.acked_seq, 0 if is_full else self.keep_bytes)
 
     def close(self) -> None:
         """Close every journal."""
