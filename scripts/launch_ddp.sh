@@ -33,7 +33,8 @@ run_example() {
     fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would choose the same, with a warning of six lines.
     step 4 "training examples/train_digits.py with 2 processes"
-    exec "$python" -m ddplog.cli.main run --nproc-per-node 2 "$root/examples/train_digits.py"
+    "$python" -m ddplog.cli.main run --nproc-per-node 2 "$root/examples/train_digits.py"
+    [[ $python == python3 ]] || printf 'next: source %s/bin/activate, then: ddplog show, ddplog report --open\n' "$(dirname "$(dirname "$python")")" >&2
 }
 
 # is_given NAME ARGUMENT...: whether an option of torchrun stands before the script, as --a-b, --a_b or --a-b=x, or
