@@ -117,6 +117,22 @@ def test_a_forwarder_that_was_killed_comes_back_later_every_time(run_dir, superv
     assert not forwarders.have_ended
 
 
+def test_a_forwarder_that_delivers_between_its_deaths_comes_back_soon_every_time(run_dir, supervise):
+    """Killed from outside, again and again: with the pauses of one that is broken, the sink would fall behind for good."""
+    forwarders = supervise("jsonl")
+    now = SECOND
+    forwarders.supervise(now)
+    for cursor in range(10, 16):
+        process = process_of(forwarders)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        (run_dir / "sinks" / "jsonl").mkdir(parents=True, exist_ok=True)
+        (run_dir / "sinks" / "jsonl" / "cursor.json").write_text(json.dumps({"cursor": cursor}))
+        now += SECOND // 5
+        forwarders.supervise(now)
+        assert process_of(forwarders).pid != process.pid
+
+
 def test_an_end_while_another_forwarder_has_the_sink_is_none(run_dir, supervise):
     """An earlier aggregator's forwarder lives on; ours leaves with 0, but nothing is delivered yet."""
     (run_dir / "sinks").mkdir()

@@ -19,6 +19,8 @@ _logger = logging.getLogger("ddplog.aggregator")
 EXIT_FAILED: Final = 3
 """The forwarder cannot work at all (its sink's package is missing): it is not started again. Any other end is final
 only if the sink is drained: 0 also means that an earlier aggregator's forwarder still holds the sink."""
+_STARTS_AFTER_PROGRESS: Final = 1
+"""How many starts count against a forwarder whose sink took something since: it was killed, it is not broken."""
 _BACKOFF_NS: Final = (0, 200_000_000, 1_000_000_000, 5_000_000_000, 30_000_000_000)
 
 
@@ -30,6 +32,8 @@ class _Forwarder:
     has_ended: bool = False
     num_starts: int = 0
     started_ns: int = 0
+    cursor: int = 0
+    """How far the sink was when the process was started."""
 
 
 class Forwarders:
@@ -56,9 +60,15 @@ class Forwarders:
                     forwarder.has_ended = True
                 else:
                     _logger.warning("the forwarder to %s ended with %d", forwarder.sink, code)
+                    if self._cursor(forwarder) > forwarder.cursor:
+                        forwarder.num_starts = min(forwarder.num_starts, _STARTS_AFTER_PROGRESS)
             backoff = _BACKOFF_NS[min(forwarder.num_starts, len(_BACKOFF_NS) - 1)]
             if not forwarder.has_ended and now_ns - forwarder.started_ns >= backoff:
                 self._start(forwarder, now_ns)
+
+    def _cursor(self, forwarder: _Forwarder) -> int:
+        stored = _read_state(self.run_dir / "sinks" / forwarder.folder / "cursor.json")
+        return int(stored["cursor"]) if stored is not None else 0
 
     def _is_drained(self, forwarder: _Forwarder) -> bool:
         state = _read_state(self.run_dir / "sinks" / forwarder.folder / "state.json")
@@ -67,6 +77,7 @@ class Forwarders:
     def _start(self, forwarder: _Forwarder, now_ns: int) -> None:
         forwarder.num_starts += 1
         forwarder.started_ns = now_ns
+        forwarder.cursor = self._cursor(forwarder)
         logs = self.run_dir / "logs"
         logs.mkdir(exist_ok=True)
         with (logs / f"forward-{forwarder.folder}.log").open("ab") as log:

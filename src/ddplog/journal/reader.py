@@ -105,7 +105,7 @@ class JournalReader:
 
     def set_acked(self, next_seq: int) -> None:
         """Tell the rank what is durable at the aggregator."""
-        layout.U64.pack_into(self._head, layout.ACKED_OFFSET, next_seq)
+        layout.put(self._head, layout.ACKED_OFFSET, layout.U64.pack(next_seq))
 
     # -- frames
 

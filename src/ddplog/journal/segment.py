@@ -19,6 +19,7 @@ NNNNNN.seg  a segment, numbered from 1: 64 header bytes, then frames (core/recor
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import struct
 from typing import Final
@@ -58,6 +59,13 @@ DROP_REASONS: Final = (
 """Why a value or record was not taken. Their order is part of the format: only append."""
 
 _FLOCK: Final = struct.Struct("hhqqi4x")
+
+
+def put(head: mmap.mmap, offset: int, word: bytes) -> None:
+    """Replace 8 aligned bytes of the head page at once. Not by pack_into(), which writes zeros first: the other side
+    would read 0 for a step now and then, and a kill between the two would leave it there.
+    """
+    head[offset : offset + 8] = word
 
 
 def is_locked(descriptor: int) -> bool:

@@ -282,7 +282,7 @@ class JournalWriter:
         now = time_ns()
         if now > self._next_check_ns or now < self._next_check_ns - 2 * _CHECK_NS:
             self._next_check_ns = now + _CHECK_NS
-            layout.U64.pack_into(self._head, layout.BEAT_OFFSET, now)
+            layout.put(self._head, layout.BEAT_OFFSET, layout.U64.pack(now))
             self._check()
 
     # -- segments
@@ -355,7 +355,7 @@ class JournalWriter:
         Raises:
             struct.error: If it is not an int64.
         """
-        layout.I64.pack_into(self._head, layout.STEP_OFFSET, step)
+        layout.put(self._head, layout.STEP_OFFSET, layout.I64.pack(step))
         self._ambient = step
 
     @property
@@ -366,7 +366,7 @@ class JournalWriter:
         """Count values that were not taken."""
         offset = layout.DROPS_OFFSET + 8 * layout.DROP_REASONS.index(reason)
         (known,) = layout.U64.unpack_from(self._head, offset)
-        layout.U64.pack_into(self._head, offset, known + count)
+        layout.put(self._head, offset, layout.U64.pack(known + count))
 
     @property
     def drops(self) -> dict[str, int]:
@@ -397,7 +397,7 @@ class JournalWriter:
         self._last_keys = None
         self._limit = 0
         if finished:
-            layout.U64.pack_into(self._head, layout.FINISHED_OFFSET, 1)
+            layout.put(self._head, layout.FINISHED_OFFSET, layout.U64.pack(1))
         os.close(self._alive)
 
     def abandon(self) -> None:
