@@ -3,11 +3,12 @@ signals. Everything asks the World of the moment, so that one patch serves many 
 """
 
 import contextlib
-import errno
 import json
 import os
 import sqlite3
 from types import SimpleNamespace
+
+from simulation.sim_plan import EPOCH, MS
 
 import ddplog.agent.shipper as shipper_module
 import ddplog.aggregator.process as process_module
@@ -17,7 +18,6 @@ from ddplog.core.records import NO_STEP, PREFIX
 from ddplog.journal.reader import Chunk
 from ddplog.store.emissions import EmissionReader
 from ddplog.store.rank_log import Position
-from simulation.sim_plan import EPOCH, MS
 
 ENTRIES_PER_FILE = 8
 
@@ -303,7 +303,8 @@ class SimControl:
         pass
 
     def stop(self, grace):
-        pass
+        """Let the agents hear the last answers before the router closes, as gRPC's stop does."""
+        Now.world.sleep(150 * MS)
 
 
 class Over:
@@ -321,8 +322,6 @@ def _nothing(*_, **__):
     return None
 
 
-
-
 _TIME = SimpleNamespace(
     monotonic_ns=lambda: Now.world.now_ns,
     time_ns=lambda: Now.world.now_ns,
@@ -332,7 +331,7 @@ _PATCHES = (
     (process_module, {
         "RouterEndpoint": SimRouter, "Snapshots": SimSnapshots, "Forwarders": SimForwarders, "ControlServer": SimControl,
         "load_secret": _nothing, "aggregator_keys": _nothing, "allow_list": _nothing, "self_attack": _nothing,
-        "write_atomic": _nothing, "_start_ticks": lambda: 0, "time": _TIME,
+        "_POLL_MS": 100, "write_atomic": _nothing, "_start_ticks": lambda: 0, "time": _TIME,
         "signal": SimpleNamespace(signal=_nothing, SIGTERM=15),
     }),
     (run_store_module, {

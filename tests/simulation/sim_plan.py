@@ -97,8 +97,8 @@ class Plan:
     """When the launcher goes."""
 
 
-def make_plan(rng: random.Random) -> Plan:
-    """Draw a job: 1-2 nodes, 1-4 ranks, 1-3 lives, a few keys with their habits."""
+def make_plan(rng: random.Random, *, is_quiet: bool) -> Plan:
+    """Draw a job: 1-2 nodes, 1-4 ranks, 1-3 lives, a few keys with their habits; `is_quiet`: without late values."""
     num_nodes = rng.choice((1, 1, 2))
     per_node = rng.choice((1, 2)) if num_nodes == 2 else rng.choice((1, 2, 3))
     num_lives = rng.choice((1, 1, 2, 2, 3))
@@ -118,8 +118,10 @@ def make_plan(rng: random.Random) -> Plan:
         is_killed = life < num_lives - 1 or rng.random() < 0.2
         ends = []
         for rank in range(world_size):
-            journal = Journal(len(journals) + 1, rank, world_size, life, rank // per_node, now + rng.randint(0, 50) * MS)
-            _write(rng, journal, first_step, num_steps, pace_ns, defines, is_killed=is_killed)
+            journal = Journal(
+                len(journals) + 1, rank, world_size, life, rank // per_node, now + rng.randint(0, 50) * MS
+            )
+            _write(rng, journal, first_step, num_steps, pace_ns, defines, is_killed=is_killed, is_quiet=is_quiet)
             journals.append(journal)
             ends.append(journal.ends_ns)
         now = max(ends) + rng.randint(120, 600) * MS
@@ -127,12 +129,14 @@ def make_plan(rng: random.Random) -> Plan:
     return Plan(journals, world_sizes, reductions, num_nodes, now)
 
 
-def _write(rng, journal, first_step, num_steps, pace_ns, defines, *, is_killed):
+def _write(rng, journal, first_step, num_steps, pace_ns, defines, *, is_killed, is_quiet):
     now = journal.born_ns
     for key, name in defines.items():
         journal.message(now, NO_STEP, type="define", pattern=key, reduce=name, replicated=False)
     skew = rng.choice((1.0, 1.0, 1.0, 2.5))
     repeats, strays, sparse = rng.random() < 0.3, rng.random() < 0.3, rng.random() < 0.4
+    if is_quiet:
+        repeats = strays = False
     ambient = NO_STEP
     sets_step = rng.random() < 0.5
     stops_at = rng.randint(1, num_steps) if is_killed else num_steps

@@ -54,6 +54,8 @@ class Tracked:
     is_done: bool = False
     """Dead, and all of it acknowledged."""
     synced_seq: int = 0
+    shown: tuple[int | None, int] = (None, 0)
+    """(ambient step, seq that had been read to the end after the step was read)."""
 
     def forget(self) -> None:
         """Nothing is under way any more."""
@@ -160,8 +162,16 @@ class Shipper:
             _logger.warning("the aggregator refused: %s %s", pb.Reject.Reason.Name(message.reason), message.message)
             if message.reason == pb.Reject.UNKNOWN_WRITER:
                 self.joined()
-            elif message.incarnation:
-                self._resume(message.incarnation, message.next_seq, now_ns)
+            elif message.reason == pb.Reject.OUT_OF_ORDER:
+                self._go_back(message.incarnation, message.next_seq, now_ns)
+
+    def _go_back(self, incarnation: bytes, next_seq: int, now_ns: int) -> None:
+        """Send again from `next_seq`; what is below it has been taken, and is not durable yet: no acknowledgement."""
+        tracked = self.tracked.get(incarnation)
+        if tracked is not None and tracked.is_welcome:
+            tracked.reader.seek(next_seq)
+            tracked.forget()
+            tracked.sent_ns = now_ns
 
     def _resume(self, incarnation: bytes, next_seq: int, now_ns: int) -> None:
         tracked = self.tracked.get(incarnation)
@@ -219,7 +229,10 @@ class Shipper:
             if total >= WINDOW_BYTES:
                 continue
             was_alive = tracked.is_alive
+            step = tracked.reader.step  # read before the frames: whatever was logged before it was set is among them
             chunk = tracked.reader.read(BATCH_BYTES)
+            if chunk is None:
+                tracked.shown = (step, tracked.reader.next_seq)
             if chunk is not None:
                 tracked.in_flight += len(chunk.payload)
                 tracked.unacked.append((tracked.reader.next_seq, len(chunk.payload)))
@@ -256,13 +269,10 @@ class Shipper:
         return self._heartbeat(is_over=is_over)
 
     def _heartbeat(self, *, is_over: bool) -> bytes:
-        progress = []
-        for tracked in self.tracked.values():
-            reader = tracked.reader
-            step = reader.step  # read before next_seq is taken: it counts once the store holds what is read so far
-            progress.append(
-                codec.make_progress(tracked.incarnation, step, reader.next_seq, reader.drops, tracked.in_flight)
-            )
+        progress = [
+            codec.make_progress(tracked.incarnation, *tracked.shown, tracked.reader.drops, tracked.in_flight)
+            for tracked in self.tracked.values()
+        ]
         return codec.encode_heartbeat(self.node_id, progress, is_over=is_over)
 
     def byes(self) -> Iterator[bytes]:

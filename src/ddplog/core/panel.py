@@ -128,6 +128,7 @@ class Panel:
         self._free: list[int] = []
         self._closed: dict[int, None] = {}  # steps, oldest first
         self._evicted_to = emitted_to
+        self._emitted_to = emitted_to
         self.is_replaying = False
         """Whether what comes is known: a step that was emitted is then not stale."""
         self.stale_steps: set[int] = set()
@@ -393,9 +394,15 @@ class Panel:
 
     @property
     def unsettled(self) -> list[int]:
-        """Steps whose point may be stored and is still to change: late windows, and stale steps; ascending."""
-        late = self._step[(self._state == OPEN) & self._late] if self.num_open else []
-        return sorted({*map(int, late), *self.stale_steps})
+        """Steps that a restart would take for stored though their point is still to come or to change; ascending.
+
+        Late windows, stale steps, and windows below a step that was emitted.
+        """
+        if not self.num_open:
+            return sorted(self.stale_steps)
+        is_below = self._step <= self._emitted_to if self._emitted_to is not None else False
+        steps = self._step[(self._state == OPEN) & (self._late | is_below)]
+        return sorted({*map(int, steps), *self.stale_steps})
 
     @property
     def oldest_open(self) -> int | None:
@@ -448,6 +455,8 @@ class Panel:
             return None
         slots = slots[np.argsort(self._step[slots])]
         emission = self._emit(slots, ranks)
+        last = int(self._step[slots[-1]])
+        self._emitted_to = last if self._emitted_to is None else max(last, self._emitted_to)
         for slot in slots.tolist():
             self._closed[int(self._step[slot])] = None
         self._state[slots] = CLOSED

@@ -197,6 +197,9 @@ class Pipeline:
     def _choose_attempt(self, info: WriterInfo, now_ns: int, time_unix_ns: int) -> tuple[_Attempt, bool]:
         if not self.attempts:
             return self._open_attempt(info, now_ns, time_unix_ns, "start"), True
+        earlier = self._earlier_attempt(info)
+        if earlier is not None:
+            return earlier, True
         current = self.attempts[self.attempt]
         if info.world_size != current.watermark.world_size:
             reason = f"world size {current.watermark.world_size} -> {info.world_size}"
@@ -206,12 +209,21 @@ class Pipeline:
             return current, True
         if holder.state != "running" or not holder.info.is_alive:
             return self._open_attempt(info, now_ns, time_unix_ns, f"rank {info.rank} restarted"), True
-        if not info.is_alive:  # a dead rank's journal, found late: it belongs to an attempt before this one
-            for number in sorted(self.attempts, reverse=True)[1:]:
-                earlier = self.attempts[number]
-                if earlier.watermark.world_size == info.world_size and info.rank not in earlier.holders:
-                    return earlier, True
         return current, False
+
+    def _earlier_attempt(self, info: WriterInfo) -> _Attempt | None:
+        """Return the attempt a writer trained in that is first heard of after a later one opened; else None."""
+        began = {n: min(w.info.started_unix_ns for w in attempt.members) for n, attempt in self.attempts.items()}
+        if info.started_unix_ns >= began[self.attempt]:
+            return None
+        free = [
+            attempt
+            for number, attempt in sorted(self.attempts.items(), reverse=True)
+            if number != self.attempt
+            and attempt.watermark.world_size == info.world_size
+            and info.rank not in attempt.holders
+        ]
+        return next((a for a in free if began[a.number] <= info.started_unix_ns), free[-1] if free else None)
 
     def _open_attempt(self, info: WriterInfo, now_ns: int, time_unix_ns: int, reason: str) -> _Attempt:
         number = self.attempt + 1

@@ -1,0 +1,54 @@
+"""Whole jobs under faults, one per seed. A seed that fails is printed and replays alone:
+
+DDPLOG_SIM_SEED=1234 python -m pytest tests/simulation/test_seeds.py
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from simulation.sim_world import ViolationError, simulate
+
+CHUNK = 500
+PAST = [
+    int(line.split()[0])
+    for line in (Path(__file__).parent / "failing_seeds.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def run(seeds):
+    logging.disable(logging.CRITICAL)
+    failed = []
+    try:
+        for seed in seeds:
+            try:
+                simulate(seed)
+            except ViolationError as violation:
+                failed.append(str(violation))
+    finally:
+        logging.disable(logging.NOTSET)
+    assert not failed, f"{len(failed)} seeds failed:\n" + "\n".join(failed[:20])
+
+
+chosen = os.environ.get("DDPLOG_SIM_SEED")
+if chosen is not None:
+
+    def test_chosen_seed():
+        run([int(chosen)])
+
+else:
+
+    @pytest.mark.parametrize("first", range(0, 8 * CHUNK, CHUNK))
+    def test_seeds(first):
+        run(range(first, first + CHUNK))
+
+    def test_seeds_that_failed_once():
+        run(PAST)
+
+    @pytest.mark.nightly
+    @pytest.mark.timeout(1800)
+    @pytest.mark.parametrize("first", range(10_000, 210_000, 5_000))
+    def test_many_seeds(first):
+        run(range(first, first + 5_000))
