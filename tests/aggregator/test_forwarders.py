@@ -11,6 +11,7 @@ from system.jobs import wait_until
 
 from ddplog.aggregator.forwarders import Forwarders
 from ddplog.forward.ledger import Ledger
+from ddplog.store.emissions import EmissionReader
 from ddplog.testing import read_jsonl
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(60)]
@@ -150,6 +151,25 @@ def test_an_end_while_another_forwarder_has_the_sink_is_none(run_dir, supervise)
     forwarders.supervise(3 * SECOND)
 
     assert forwarders.have_ended
+
+
+def test_a_forwarder_that_delivered_an_end_after_which_the_run_went_on_is_started_again(run_dir, supervise):
+    """A run id is taken up again while the forwarder of its first life is on its way out."""
+    StoreMaker.set_status(_maker(run_dir), "finished")
+    forwarders = supervise("jsonl")
+    forwarders.supervise(SECOND, 3)
+    assert process_of(forwarders).wait(30) == 0
+    more = _maker(run_dir)
+    more.next_id = 4
+    more.add_points([("loss", step, 1.0) for step in range(3, 6)])
+    last_id = EmissionReader(run_dir).last_id()
+    forwarders.supervise(2 * SECOND, last_id)
+    assert not forwarders.have_ended
+    assert process_of(forwarders).wait(30) == 0
+    forwarders.supervise(3 * SECOND, last_id)
+
+    assert forwarders.have_ended
+    assert len(read_jsonl(run_dir / "sinks" / "jsonl" / "r1.jsonl")) == 6
 
 
 def test_each_sink_is_supervised_by_itself(run_dir, supervise):

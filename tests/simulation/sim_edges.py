@@ -288,7 +288,7 @@ class SimForwarders:
     def __init__(self, *_):
         pass
 
-    def supervise(self, now):
+    def supervise(self, now, last_id):
         pass
 
     def resume(self):

@@ -48,15 +48,15 @@ class Forwarders:
         self.run_dir = run_dir
         self._forwarders = [_Forwarder(sink=sink, folder=parse_spec(sink).folder_name) for sink in sinks]
 
-    def supervise(self, now_ns: int) -> None:
-        """Start what is not running."""
+    def supervise(self, now_ns: int, last_id: int = 0) -> None:
+        """Start what is not running, and what ended before it had delivered `last_id`, the store's newest emission."""
         for forwarder in self._forwarders:
             if forwarder.process is not None:
                 code = forwarder.process.poll()
                 if code is None:
                     continue
                 forwarder.process = None
-                if code == EXIT_FAILED or (code == 0 and self._is_drained(forwarder)):
+                if code == EXIT_FAILED or (code == 0 and self._is_drained(forwarder, last_id)):
                     forwarder.has_ended = True
                 else:
                     _logger.warning("the forwarder to %s ended with %d", forwarder.sink, code)
@@ -70,9 +70,10 @@ class Forwarders:
         stored = _read_state(self.run_dir / "sinks" / forwarder.folder / "cursor.json")
         return int(stored["cursor"]) if stored is not None else 0
 
-    def _is_drained(self, forwarder: _Forwarder) -> bool:
+    def _is_drained(self, forwarder: _Forwarder, last_id: int) -> bool:
+        """Whether it has delivered the end: the one there is now, not one after which the run went on."""
         state = _read_state(self.run_dir / "sinks" / forwarder.folder / "state.json")
-        return state is not None and state.get("state") == "drained"
+        return state is not None and state.get("state") == "drained" and state.get("through", 0) >= last_id
 
     def _start(self, forwarder: _Forwarder, now_ns: int) -> None:
         forwarder.num_starts += 1

@@ -133,7 +133,7 @@ class Aggregator:
                 self.pipeline.tick(now, time.time_ns())
                 self._commit(now)
             if not self.pipeline.is_closed or self._is_heard:
-                self.forwarders.supervise(now)
+                self.forwarders.supervise(now, self.store.last_id)
             self.snapshots.refresh(now, self.forwarders)
             is_over = self.pipeline.is_closed and self.forwarders.have_ended
             is_alone = now - self._heard_ns > _SILENCE_NS

@@ -455,8 +455,7 @@ class Panel:
             return None
         slots = slots[np.argsort(self._step[slots])]
         emission = self._emit(slots, ranks)
-        last = int(self._step[slots[-1]])
-        self._emitted_to = last if self._emitted_to is None else max(last, self._emitted_to)
+        self.note_emitted(int(self._step[slots[-1]]))
         for slot in slots.tolist():
             self._closed[int(self._step[slot])] = None
         self._state[slots] = CLOSED
@@ -468,6 +467,10 @@ class Panel:
                 del self._closed[step]
             self._release(old)
         return emission
+
+    def note_emitted(self, step: int) -> None:
+        """A point of these keys at this step goes into the store: a restart takes what is below it for stored too."""
+        self._emitted_to = step if self._emitted_to is None else max(step, self._emitted_to)
 
     def _emit(self, slots: I64, ranks: RankStates) -> Emission:
         grid = np.ix_(self._order, slots)

@@ -766,7 +766,19 @@ class Pipeline:
         progress = attempt.watermark.progress
         nobody = np.zeros(len(progress), np.bool_)
         ranks = RankStates(progress=progress, ended=nobody, finished=nobody, silent=nobody)
-        return panel.close_ready(NOTHING_YET, ranks, 0, at_once=True)
+        emission = panel.close_ready(NOTHING_YET, ranks, 0, at_once=True)
+        if emission is not None:
+            self._note_emitted(attempt, emission)
+        return emission
+
+    def _note_emitted(self, attempt: _Attempt, emission: Emission) -> None:
+        """Remember what was derived as emitted: another restart would take open windows below it for stored."""
+        last = int(emission.steps[-1])
+        for key_id in emission.key_ids:
+            key = attempt.number, key_id
+            self._emitted_to[key] = max(last, self._emitted_to.get(key, last))
+            if key_id in attempt.home:
+                attempt.home[key_id][0].note_emitted(last)
 
     @property
     def oldest_entry_needed(self) -> int:

@@ -5,7 +5,8 @@ cursor.json   {"format": 1, "cursor": int, "position": object | null, "store_uui
               Every emission with id <= cursor is in the sink or in dead.jsonl.
 dead.jsonl    refused for good: one emission a line as in the JSONL sink, plus "reason"; durable before the
               cursor passes it
-state.json    {"name", "state", "cursor", "lag", "detail", "time_unix_ns"}; replaced, not durable: for people.
+state.json    {"name", "state", "cursor", "through", "lag", "detail", "time_unix_ns"}; replaced, not durable: for
+              people, and for the aggregator, which starts it again if a drained sink has not all there is.
               state: starting, running, retrying, failed, drained
 """
 
@@ -43,6 +44,8 @@ class SinkState:
     name: str
     state: str
     cursor: int
+    through: int
+    """Ids up to here were looked for in the store when nothing was left to deliver; ids have gaps."""
     lag: int
     """Emissions the sink has not confirmed; ids have gaps, so an upper bound."""
     detail: str

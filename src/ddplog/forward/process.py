@@ -144,6 +144,7 @@ class Forwarder:
         self._state = ""
         self._reason = ""
         self._lag = 0
+        self._through = 0
         self._idle_since_ns: int | None = None
 
     def __repr__(self) -> str:
@@ -205,6 +206,7 @@ class Forwarder:
                 self._pause(POLL_S)  # let a live run gather a batch: every batch costs the disk its syncs
             return None
         self._lag = 0
+        self._through = last_id
         self._show("running", is_urgent=False)
         if status.is_ended or self._once or self._is_abandoned():
             return status
@@ -279,6 +281,7 @@ class Forwarder:
                 name=self._parts.spec.folder_name,
                 state=state,
                 cursor=self._delivery.cursor,
+                through=self._through,
                 lag=self._lag,
                 detail="; ".join(note for note in notes if note),
                 time_unix_ns=self._host.time_unix_ns(),
@@ -360,7 +363,13 @@ def _fail(spec: SinkSpec, ledger: Ledger, cursor: int, host: Host, detail: str) 
     _say(detail)
     ledger.write_state(
         SinkState(
-            name=spec.folder_name, state="failed", cursor=cursor, lag=0, detail=detail, time_unix_ns=host.time_unix_ns()
+            name=spec.folder_name,
+            state="failed",
+            through=0,
+            cursor=cursor,
+            lag=0,
+            detail=detail,
+            time_unix_ns=host.time_unix_ns(),
         )
     )
 
