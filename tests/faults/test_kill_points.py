@@ -150,16 +150,18 @@ def _kill(job, point, times):
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_death_at_a_kill_point_loses_and_doubles_nothing(job, point):
+def test_a_death_at_a_kill_point_loses_and_doubles_nothing(job, point, suite_table):
     """log() had returned, so the store has it, with the value it had; what the sink owns says each thing once."""
     _kill(job, point, KILLS)
+    suite_table("deaths at named points", kill_points=1, kills=_kills(job)[point], lost=0, doubled=0, wrong=0, stuck=0)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("point", POINTS)
-def test_fifty_deaths_at_a_kill_point_lose_and_double_nothing(job, point):
+def test_fifty_deaths_at_a_kill_point_lose_and_double_nothing(job, point, suite_table):
     _kill(job, point, NIGHTLY_KILLS)
+    suite_table("deaths at named points", kill_points=1, kills=_kills(job)[point], lost=0, doubled=0, wrong=0, stuck=0)
 
 
 def test_every_point_that_can_be_armed_is_reached_somewhere_and_no_other():

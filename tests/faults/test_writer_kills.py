@@ -154,12 +154,13 @@ def _quiet_fork():
 
 
 @pytest.mark.usefixtures("_quiet_fork")
-def test_200_writers_killed_at_any_moment_lose_nothing_they_accepted(tmp_path):
+def test_200_writers_killed_at_any_moment_lose_nothing_they_accepted(tmp_path, suite_table):
     """Reliability's I1: what was accepted is in the journal after SIGKILL; no torn record is ever read."""
     seen = kill_writers(tmp_path, KILLS)
     assert seen["kills"] == KILLS
     assert seen["records"] > 5 * KILLS
     assert seen["segments"] > KILLS
+    suite_table("kill -9 of a writer", kills=seen["kills"], records=seen["records"], lost=0, doubled=0, wrong=0)
 
 
 def test_a_step_is_never_seen_half_written(tmp_path):
@@ -194,5 +195,6 @@ def test_a_step_is_never_seen_half_written(tmp_path):
 @pytest.mark.nightly
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("_quiet_fork")
-def test_5000_writers_killed_at_any_moment_lose_nothing_they_accepted(tmp_path):
-    kill_writers(tmp_path, NIGHTLY_KILLS)
+def test_5000_writers_killed_at_any_moment_lose_nothing_they_accepted(tmp_path, suite_table):
+    seen = kill_writers(tmp_path, NIGHTLY_KILLS)
+    suite_table("kill -9 of a writer", kills=seen["kills"], records=seen["records"], lost=0, doubled=0, wrong=0)

@@ -18,7 +18,7 @@ PAST = [
 ]
 
 
-def run(seeds):
+def run(seeds, suite_table):
     logging.disable(logging.CRITICAL)
     failed = []
     try:
@@ -30,25 +30,26 @@ def run(seeds):
     finally:
         logging.disable(logging.NOTSET)
     assert not failed, f"{len(failed)} seeds failed:\n" + "\n".join(failed[:20])
+    suite_table("simulated jobs", seeds=len(seeds), lost=0, doubled=0, wrong=0, stuck=0)
 
 
 chosen = os.environ.get("DDPLOG_SIM_SEED")
 if chosen is not None:
 
-    def test_chosen_seed():
-        run([int(chosen)])
+    def test_chosen_seed(suite_table):
+        run([int(chosen)], suite_table)
 
 else:
 
     @pytest.mark.parametrize("first", range(0, 8 * CHUNK, CHUNK))
-    def test_seeds(first):
-        run(range(first, first + CHUNK))
+    def test_seeds(first, suite_table):
+        run(range(first, first + CHUNK), suite_table)
 
-    def test_seeds_that_failed_once():
-        run(PAST)
+    def test_seeds_that_failed_once(suite_table):
+        run(PAST, suite_table)
 
     @pytest.mark.nightly
     @pytest.mark.timeout(1800)
     @pytest.mark.parametrize("first", range(10_000, 210_000, 5_000))
-    def test_many_seeds(first):
-        run(range(first, first + 5_000))
+    def test_many_seeds(first, suite_table):
+        run(range(first, first + 5_000), suite_table)

@@ -1,0 +1,42 @@
+"""Prints, after the tests, the table of what was thrown at ddplog and what came of it."""
+
+from collections.abc import Callable
+from typing import Final
+
+import pytest
+
+BAD: Final = ("lost", "doubled", "wrong", "stuck")
+
+
+@pytest.fixture
+def suite_table(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Return a function (suite, **counts) that adds to the suite's row, e.g. kills=200, points=4_000_000, lost=0.
+
+    To be called once the checks have passed, with what was counted: the table is read as evidence.
+    """
+
+    def add(suite: str, **counts: int) -> None:
+        record_property("suite", (suite, counts))
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print a line for each suite; its parts, in whatever process they ran, are summed."""
+    suites: dict[str, dict[str, int]] = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name != "suite":
+                continue
+            suite, counts = value
+            row = suites.setdefault(suite, {})
+            for what, count in counts.items():
+                row[what] = row.get(what, 0) + count
+    if not suites:
+        return
+    terminalreporter.section("what was thrown at it")
+    width = max(map(len, suites))
+    for suite, row in sorted(suites.items()):
+        done = ", ".join(f"{count:,} {what}" for what, count in row.items() if what not in BAD)
+        came = ", ".join(f"{what} {row[what]:,}" for what in BAD if what in row)
+        terminalreporter.write_line(f"{suite:{width}}  {done}: {came}")
