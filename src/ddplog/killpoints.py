@@ -31,7 +31,7 @@ POINTS: Final[Mapping[str, str]] = {
     "aggregator.after_log_sync": "records are in the rank log, the store knows nothing of them",
     "aggregator.before_sql_commit": "the transaction is written and open",
     "aggregator.after_commit": "the transaction is durable, nobody has been answered",
-    "aggregator.during_replay": "a restart has replayed a part of the rank log",
+    "aggregator.during_replay": "a restart has replayed the rank log, and nobody knows of it",
     "forwarder.after_write": "the sink has the batch, the cursor does not",
     "forwarder.after_cursor": "the cursor has passed the batch",
 }

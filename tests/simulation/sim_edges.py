@@ -331,7 +331,7 @@ _PATCHES = (
     (process_module, {
         "RouterEndpoint": SimRouter, "Snapshots": SimSnapshots, "Forwarders": SimForwarders, "ControlServer": SimControl,
         "load_secret": _nothing, "aggregator_keys": _nothing, "allow_list": _nothing, "self_attack": _nothing,
-        "_POLL_MS": 100, "write_atomic": _nothing, "_start_ticks": lambda: 0, "time": _TIME,
+        "_POLL_MS": 100, "write_atomic": _nothing, "_start_ticks": lambda: 0, "time": _TIME, "ensure_agent": _nothing,
         "signal": SimpleNamespace(signal=_nothing, SIGTERM=15),
     }),
     (run_store_module, {

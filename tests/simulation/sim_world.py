@@ -325,6 +325,9 @@ class World:
         try:
             Aggregator(SimPath("job"), self.job).run()
             is_crashed = False
+            for agent in self.agents:
+                if not agent.is_down and agent.shipper.has_rank_zero:
+                    agent.shipper.settle()
         except (Crash, OSError, sqlite3.Error):  # the last two: it cannot start while the disk is full
             if self.database.in_transaction:
                 self.database.rollback()

@@ -75,6 +75,21 @@ def test_sync_completes_a_run_of_which_everything_was_killed(job, python_script)
     assert len(job.jsonl()) == 20_000
 
 
+def test_an_agent_that_is_killed_after_its_ranks_is_started_again(job, python_script):
+    """Nobody is left who logs, and would start it; the aggregator does, and the run comes to its end by itself."""
+    process = job.start(*python_script(ENDLESS))
+    assert process.stdout.readline() == "logged\n"
+    wait_until(job.aggregator_pid)
+    for pid in (job.agent_pid(), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+    with job.open() as run:
+        assert (run.status, run.detail) == ("failed", "rank 0: died, code unknown")
+        assert run.metric("a").value.tolist() == [float(step) for step in range(20_000)]
+    wait_until(lambda: len(job.jsonl()) == 20_000)
+
+
 def test_sync_of_a_run_that_is_complete_says_so_and_changes_nothing(job, python_script):
     job.run(*python_script(ONCE))
     check(job, 1)

@@ -1,6 +1,6 @@
 """The agent's process: one per run per node. Owns the socket, the clock, and the aggregator it supervises.
 
-Started by the first rank (worker/election.py), it holds agent.lock while it lives; a second one ends at once. It lives
+Started by the first rank (journal/election.py), it holds agent.lock while it lives; a second one ends at once. It lives
 until every rank of the node and what launched them are gone, everything is acknowledged, and the aggregator it
 supervises, if there is one here, has finished.
 """
@@ -25,7 +25,7 @@ from ddplog import killpoints
 from ddplog.agent.shipper import Shipper
 from ddplog.bootstrap import command
 from ddplog.errors import RemoteProtocolError
-from ddplog.journal.spool import JobInfo, read_job
+from ddplog.journal.spool import DONE, JobInfo, read_job
 from ddplog.wire.keys import aggregator_keys, load_secret, node_keys
 from ddplog.wire.sockets import DealerEndpoint
 
@@ -38,8 +38,6 @@ _RESTART_BACKOFF_NS: Final = (0, 100_000_000, 500_000_000, 1_000_000_000, 5_000_
 _STARTS_AFTER_PROGRESS: Final = 2
 """How many starts count against an aggregator that acknowledged something in its life: it was killed, it is not broken,
 and waits 0.5 s at most. One that dies without an acknowledgement waits longer every time."""
-DONE: Final = "done"
-"""Marks a job folder from which everything has been acknowledged."""
 KEEP_DONE_S: Final = 3600.0
 _GIVE_UP_NS: Final = 600_000_000_000
 """How long an agent whose ranks are gone tries to reach an aggregator before it leaves the rest to `ddplog sync`."""
@@ -141,6 +139,7 @@ class Agent:
                 return
             self.aggregator = None
             if code == 0:
+                self.shipper.settle()
                 self.is_aggregator_done = self.shipper.is_idle
                 _logger.info("the aggregator has finished")
             else:

@@ -200,6 +200,18 @@ class Shipper:
         if tracked.bye_seq is not None and next_seq >= tracked.bye_seq:
             tracked.is_done = True
 
+    def settle(self) -> None:
+        """The aggregator has ended by itself: the run is over, and whoever is dead and acknowledged to the end is done.
+
+        Without it, an agent that was not told so in time would start another aggregator only to hear it again.
+        """
+        for tracked in self.tracked.values():
+            if tracked.is_alive or not tracked.is_welcome or tracked.bye_seq is not None:
+                continue
+            if tracked.acked_seq == tracked.reader.next_seq and tracked.reader.read(BATCH_BYTES) is None:
+                tracked.bye_seq = tracked.acked_seq
+                tracked.is_done = True
+
     # -- messages out
 
     def outgoing(self, now_ns: int) -> Iterator[bytes]:

@@ -28,6 +28,7 @@ from ddplog.core.dedup import Duplicate, Gap
 from ddplog.core.effects import Effects, Writer, WriterInfo
 from ddplog.core.pipeline import Options, Pipeline
 from ddplog.errors import RemoteProtocolError
+from ddplog.journal.election import ensure_agent
 from ddplog.journal.spool import JobInfo, read_job, write_atomic
 from ddplog.store.rank_log import Position
 from ddplog.store.run_store import RunStore, StoreError
@@ -48,6 +49,8 @@ _RETRY_S: Final = 1.0
 _MAX_NODES: Final = 64
 _SILENCE_NS: Final = 120_000_000_000
 """Without a message of any agent for this long it ends: they are all gone, and whoever comes back starts another."""
+_AGENT_SILENCE_NS: Final = 2_000_000_000
+"""Without a message of any agent for this long it looks whether this node's own still lives; they speak 4 times a second."""
 _PATIENCE_NS: Final = 30_000_000_000
 """How long an aggregator of a run that had ended waits for an agent's Hello."""
 
@@ -94,6 +97,7 @@ class Aggregator:
         """Whether an agent has said what it has: the run may have ended before, and be about to go on."""
         self._patience_ns = now + _PATIENCE_NS
         self._heard_ns = now
+        self._sought_ns = now
         self._announce()
 
     def _announce(self) -> None:
@@ -112,7 +116,7 @@ class Aggregator:
         for position, writer_id, first_seq, payload in self.store.entries(self.store.replay_from):
             self._positions.append((self.pipeline.num_entries, position))
             self.pipeline.replay(writer_id, first_seq, payload, now)
-            killpoints.reach("aggregator.during_replay")
+        killpoints.reach("aggregator.during_replay")
         self.pipeline.end_replay()
 
     # -- the loop
@@ -135,13 +139,20 @@ class Aggregator:
             if not self.pipeline.is_closed or self._is_heard:
                 self.forwarders.supervise(now, self.store.last_id)
             self.snapshots.refresh(now, self.forwarders)
+            self._keep_agent(now)
             is_over = self.pipeline.is_closed and self.forwarders.have_ended
             is_alone = now - self._heard_ns > _SILENCE_NS
             if self._is_stopping or is_alone or (is_over and (self._is_heard or now > self._patience_ns)):
                 break
         self.close()
-        if self._is_stopping and not self.pipeline.is_closed:
-            sys.exit(128 + signal.SIGTERM)
+        if not self.pipeline.is_closed:  # 0 tells the agent that the run is over
+            sys.exit(128 + signal.SIGTERM if self._is_stopping else os.EX_TEMPFAIL)
+
+    def _keep_agent(self, now: int) -> None:
+        """Start this node's agent again if it was killed: once its ranks are gone too, nobody else would."""
+        if now - max(self._heard_ns, self._sought_ns) > _AGENT_SILENCE_NS and not self.pipeline.is_closed:
+            self._sought_ns = now
+            ensure_agent(self.folder)
 
     def _is_commit_due(self, now: int) -> bool:
         if self._due_welcome or self._pending_bytes >= _COMMIT_BYTES:

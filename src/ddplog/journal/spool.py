@@ -9,6 +9,7 @@
         agent.lock                POSIX lock held by the agent while it lives
         aggregator.json           {"endpoint", "pid", "run_dir", "control"}; present while one runs here
         c.sock                    the aggregator's gRPC socket (short: a unix socket's path has 108 bytes)
+        done                      everything here has been acknowledged; deleted with the folder an hour later
         <rank>.<incarnation>/     a journal: head, alive, NNNNNN.seg
         logs/                     agent.log, aggregator.log
 
@@ -51,6 +52,7 @@ NETWORK_FILESYSTEMS: Final = {
 """statfs(2) magic numbers where mmap is not coherent between clients or a fault is a SIGBUS."""
 
 JOB_VARIABLE: Final = "DDPLOG_JOB"
+DONE: Final = "done"
 RANK_VARIABLES: Final = (
     "RANK",
     "OMPI_COMM_WORLD_RANK",

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ddplog.errors import DdplogError
+from ddplog.journal.election import ensure_agent
 from ddplog.journal.spool import JobInfo, open_spool, read_job
 from ddplog.launch.drain import (
     REACH_S,
@@ -26,7 +27,6 @@ from ddplog.launch.drain import (
     make_request,
     wait_drained,
 )
-from ddplog.worker.election import ensure_agent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +83,7 @@ class Finale:
         console: Where to print; stderr.
         patience: The clock, and the wish to stop.
         connect: Opens the control plane; `ddplog.aggregator.control.connect` if None.
-        revive: Starts the agent of a job's folder unless it lives; `ddplog.worker.election.ensure_agent` if None.
+        revive: Starts the agent of a job's folder unless it lives; `ddplog.journal.election.ensure_agent` if None.
     """
 
     def __init__(

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from ddplog.bootstrap import command
-from ddplog.journal.spool import read_job
-from ddplog.worker.election import ensure_agent, has_agent
+from ddplog.journal.election import ensure_agent, has_agent
+from ddplog.journal.spool import DONE, read_job
 
 POLL_S: Final = 0.1
-DONE: Final = "done"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,10 +16,10 @@ from ddplog import config as settings_of
 from ddplog import killpoints
 from ddplog.errors import ConfigError
 from ddplog.journal import spool
+from ddplog.journal.election import ensure_agent
 from ddplog.journal.writer import JournalWriter
 from ddplog.worker import current
 from ddplog.worker import identity as identity_of
-from ddplog.worker.election import ensure_agent
 from ddplog.worker.run import NullRun, Run, describe
 
 _runs: list[Run] = []

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from system.jobs import _holder, wait_until
 
+from ddplog.journal.election import ensure_agent, has_agent
 from ddplog.journal.spool import JobInfo, declare_job
-from ddplog.worker.election import ensure_agent, has_agent
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(60)]
 
@@ -20,7 +20,7 @@ SOURCE = str(Path(__file__).parents[2] / "src")
 CALLER = """
 import sys
 from pathlib import Path
-from ddplog.worker.election import ensure_agent
+from ddplog.journal.election import ensure_agent
 sys.stdin.readline()
 for _ in range(5):
     ensure_agent(Path(sys.argv[1]))
