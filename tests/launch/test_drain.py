@@ -11,15 +11,14 @@ from ddplog.launch.drain import (
     Aggregator,
     Drain,
     Patience,
-    SinkState,
     describe_behind,
     find_jobs,
     hosts_aggregator,
     make_request,
-    read_sinks,
     wait_drained,
 )
 from ddplog.launch.outcome import FINISHED, RankFailure, ranks_failed
+from ddplog.store.sink_states import SinkState, read_sink_states
 
 
 @pytest.fixture
@@ -197,12 +196,12 @@ def test_what_an_aggregator_that_dies_and_does_not_return_has_done_is_in_the_fil
     assert drain.behind[0].lag == 2
 
 
-def test_a_sink_state_that_cannot_be_read_is_unknown(tmp_path):
+def test_a_sink_state_that_cannot_be_read_says_so(tmp_path):
     write_sink(tmp_path, "a", "running", lag=1)
     write_sink(tmp_path, "b", "drained")
     (tmp_path / "sinks" / "b" / "state.json").write_text("{")
-    first, second = read_sinks(tmp_path)
-    assert (first.state, second.name, second.state) == ("running", "b", "unknown")
+    first, second = read_sink_states(tmp_path)
+    assert (first.state, second.name, second.state) == ("running", "b", "unreadable")
 
 
 def test_sinks_that_are_behind_are_described(tmp_path):

@@ -11,9 +11,10 @@ from rich.console import Console
 from ddplog.config import Settings
 from ddplog.errors import RemoteProtocolError
 from ddplog.launch import finale
-from ddplog.launch.drain import Drain, SinkState
+from ddplog.launch.drain import Drain
 from ddplog.launch.finale import Finale, Progress
 from ddplog.launch.outcome import FINISHED, RankFailure, launcher_signalled, ranks_failed
+from ddplog.store.sink_states import SinkState
 
 JOB = "0123456789abcdef"
 FAILED = ranks_failed([RankFailure(rank=2, pid=12, exit_code=7)])

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ddplog.bootstrap import command
 from ddplog.sinks import parse_spec
+from ddplog.store.sink_states import read_sink_state
 
 _logger = logging.getLogger("ddplog.aggregator")
 
@@ -67,13 +68,15 @@ class Forwarders:
                 self._start(forwarder, now_ns)
 
     def _cursor(self, forwarder: _Forwarder) -> int:
-        stored = _read_state(self.run_dir / "sinks" / forwarder.folder / "cursor.json")
-        return int(stored["cursor"]) if stored is not None else 0
+        try:
+            return int(json.loads((self.run_dir / "sinks" / forwarder.folder / "cursor.json").read_text())["cursor"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
 
     def _is_drained(self, forwarder: _Forwarder, last_id: int) -> bool:
         """Whether it has delivered the end: the one there is now, not one after which the run went on."""
-        state = _read_state(self.run_dir / "sinks" / forwarder.folder / "state.json")
-        return state is not None and state.get("state") == "drained" and state.get("through", 0) >= last_id
+        state = read_sink_state(self.run_dir / "sinks" / forwarder.folder / "state.json")
+        return state.state == "drained" and state.through >= last_id
 
     def _start(self, forwarder: _Forwarder, now_ns: int) -> None:
         forwarder.num_starts += 1
@@ -102,21 +105,8 @@ class Forwarders:
         """Whether every forwarder has delivered the run's end, or cannot."""
         return all(forwarder.has_ended for forwarder in self._forwarders)
 
-    def states(self) -> list[Mapping[str, Any]]:
-        """Return every sink's state.json."""
-        states = (_read_state(path) for path in sorted((self.run_dir / "sinks").glob("*/state.json")))
-        return [state for state in states if state is not None]
-
     def leave(self) -> None:
         """Let them run on by themselves."""
         for forwarder in self._forwarders:
             if forwarder.process is not None:
                 forwarder.process.returncode = 0  # no ResourceWarning: it is meant to outlive us
-
-
-def _read_state(path: Path) -> Mapping[str, Any] | None:
-    try:
-        state: Mapping[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-    return state

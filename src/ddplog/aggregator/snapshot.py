@@ -14,6 +14,7 @@ from ddplog.core.records import NO_STEP
 from ddplog.core.watermark import EVERYTHING, NOTHING_YET
 from ddplog.journal.spool import JobInfo
 from ddplog.store.run_store import RunStore
+from ddplog.store.sink_states import read_sink_states
 from ddplog.v1.control_pb2 import LastValue, RankStatus, SinkStatus, StatusReply
 
 _INTERVAL_NS: Final = 200_000_000
@@ -88,15 +89,9 @@ class Snapshots:
             if watermark not in (NOTHING_YET, EVERYTHING):
                 reply.watermark = watermark
             reply.ranks.extend(self._rank(writer, now_ns) for _, writer in sorted(attempt.holders.items()))
-        for state in forwarders.states():
+        for state in read_sink_states(forwarders.run_dir):
             reply.sinks.append(
-                SinkStatus(
-                    name=str(state.get("name", "")),
-                    state=str(state.get("state", "")),
-                    cursor=int(state.get("cursor") or 0),
-                    lag=int(state.get("lag") or 0),
-                    detail=str(state.get("detail") or ""),
-                )
+                SinkStatus(name=state.name, state=state.state, cursor=state.cursor, lag=state.lag, detail=state.detail)
             )
         for key_id, (_, step, value) in sorted(self._last.items()):
             reply.last_values.append(LastValue(key=pipeline.names[key_id], step=step, value=value))

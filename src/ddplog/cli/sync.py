@@ -21,7 +21,13 @@ from ddplog.store.reader import open_run
 @click.option(
     "--to", "sinks", multiple=True, metavar="SINK", help="Deliver to this sink; repeatable. Default: the run's."
 )
-@click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="Longest wait, seconds.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    default=600.0,
+    show_default=True,
+    help="Longest wait for the journals, and again for the sinks, seconds.",
+)
 def command(run: str, folder: str | None, sinks: Sequence[str], timeout_s: float) -> None:
     """Complete RUN from the journals on this node, then deliver to its sinks what they have not got."""
     path = find(run, folder)
@@ -36,11 +42,11 @@ def command(run: str, folder: str | None, sinks: Sequence[str], timeout_s: float
             is_complete &= finish_job(job, timeout_s)
     with open_run(path) as past:
         targets = tuple(sinks) or past.sinks
-        deliveries = deliver(path, targets)
+        states = deliver(path, targets, timeout_s)
         click.echo(f"{past.run_id}: {past.status}{f' ({past.detail})' if past.detail else ''}")
-    for delivery in deliveries:
-        click.echo(f"  {delivery.sink}: {delivery.state}{f' ({delivery.detail})' if delivery.detail else ''}")
+    for state in states:
+        click.echo(f"  {state.name}: {state.state}{f' ({state.detail})' if state.detail else ''}")
     if not is_complete:
         click.secho("  some journals could not be read to the end in time; run it again", fg="yellow", err=True)
-    if not is_complete or any(delivery.state != "drained" for delivery in deliveries):
+    if not is_complete or any(state.state != "drained" for state in states):
         sys.exit(1)

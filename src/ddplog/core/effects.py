@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from ddplog.core.panel import Emission
-from ddplog.core.records import NO_STEP
+from ddplog.core.records import MAX_STEP, NO_STEP
 
 UNKNOWN_DEATH: Final = "died, code unknown"
 ENDED: Final = ("finished", "failed", "killed", "preempted", "died")
@@ -56,6 +56,13 @@ class Writer:
     """(step, through_seq) shown by the agent, not yet reached."""
     last_seen_ns: int = 0
     last_moved_ns: int = 0
+    watched_ns: int = 0
+    """Since when it has been seen without a gap; see core/hang.py."""
+    first_step: int = MAX_STEP
+    longest_pause_ns: int = 0
+    """Between two moves; until the second step the start-up, which is then forgotten."""
+    num_rises: int = 0
+    """How often its step was seen to rise."""
     backlog_bytes: int = 0
     schemas: dict[int, tuple[str, ...]] = field(default_factory=dict)
     drops: dict[str, int] = field(default_factory=dict)
@@ -63,6 +70,15 @@ class Writer:
     """Records that were in no journal any more when the store asked for them."""
     num_values: int = 0
     """Numbers and messages taken from it: what its drops are counted in, too."""
+
+    def move(self, old_step: int, now_ns: int) -> None:
+        """It sent records or showed a step; `old_step` was the last one before."""
+        has_risen = self.step > old_step
+        self.num_rises += has_risen
+        pause_ns = now_ns - self.last_moved_ns
+        if pause_ns > self.longest_pause_ns or (has_risen and self.num_rises == 2):  # noqa: PLR2004
+            self.longest_pause_ns = pause_ns
+        self.last_moved_ns = now_ns
 
     @property
     def has_ended(self) -> bool:
@@ -153,6 +169,8 @@ class Effects:
     """What the launcher said, to be remembered; ("", "") forgets it."""
     unsettled: list[Stale] = field(default_factory=list)
     """Points that may be stored and are still to change: what a restart could not see from its replay."""
+    stacks: list[bytes] = field(default_factory=list)
+    """Incarnations whose stacks are wanted, since their attempt hangs."""
     num_values: int = 0
 
     def __bool__(self) -> bool:
@@ -187,3 +205,5 @@ class Restored(NamedTuple):
     """Whether the run had ended; that stands until a new writer comes."""
     unsettled: Sequence[Stale]
     """Points that were about to change; they are derived again."""
+    hangs: Mapping[int, Hanging] = {}
+    """attempt -> what the last `hang` event says that no `hang_over` followed."""

@@ -24,6 +24,7 @@ from ddplog.core.delivery import Dead, Position
 from ddplog.errors import PermanentSinkError
 from ddplog.journal.spool import sync_directory, write_atomic
 from ddplog.sinks.jsonl import as_object, encode_line
+from ddplog.store.sink_states import SinkState
 
 FORMAT: Final = 1
 
@@ -35,21 +36,6 @@ class Cursor:
     cursor: int = 0
     position: Position | None = None
     store_uuid: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SinkState:
-    """What people see of a forwarder."""
-
-    name: str
-    state: str
-    cursor: int
-    through: int
-    """Ids up to here were looked for in the store when nothing was left to deliver; ids have gaps."""
-    lag: int
-    """Emissions the sink has not confirmed; ids have gaps, so an upper bound."""
-    detail: str
-    time_unix_ns: int
 
 
 class Ledger:

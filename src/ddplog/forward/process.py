@@ -22,10 +22,11 @@ from typing import Final, Protocol
 
 from ddplog.core.delivery import Backoff, Delivery, RunStatus, Send, Wait
 from ddplog.errors import ConfigError, PermanentSinkError, RetryableSinkError, RunNotFoundError, SinkError
-from ddplog.forward.ledger import Cursor, Ledger, SinkState
+from ddplog.forward.ledger import Cursor, Ledger
 from ddplog.killpoints import reach
 from ddplog.sinks import Sink, SinkSpec, make_sink, parse_spec
 from ddplog.store.emissions import EmissionReader
+from ddplog.store.sink_states import SinkState
 
 EXIT_OK: Final = 0
 EXIT_UNUSABLE: Final = 3
@@ -365,9 +366,7 @@ def _fail(spec: SinkSpec, ledger: Ledger, cursor: int, host: Host, detail: str) 
         SinkState(
             name=spec.folder_name,
             state="failed",
-            through=0,
             cursor=cursor,
-            lag=0,
             detail=detail,
             time_unix_ns=host.time_unix_ns(),
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from ddplog.errors import ControlUnavailableError
+from ddplog.store.sink_states import SinkState, read_sink_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,16 +71,6 @@ class Patience:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.cut)
         yield  # Not restored: nothing but this process's exit follows.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SinkState:
-    """How far one sink is."""
-
-    name: str
-    state: str
-    lag: int = 0
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +205,7 @@ def wait_drained(
     while True:
         reply = aggregator.ask(lambda client: client.status())
         if reply is None:
-            return Drain(is_stored=aggregator.is_ended, sinks=read_sinks(run_dir))
+            return Drain(is_stored=aggregator.is_ended, sinks=read_sink_states(run_dir))
         drain = read_reply(reply)
         waited_s = patience.now_s() - start_s
         if drain.is_over or patience.is_cut or waited_s >= limit_s:
@@ -225,21 +216,10 @@ def wait_drained(
 
 def read_reply(reply: StatusReply) -> Drain:
     """Translate the aggregator's word."""
-    sinks = tuple(SinkState(name=s.name, state=s.state, lag=s.lag, detail=s.detail) for s in reply.sinks)
+    sinks = tuple(
+        SinkState(name=s.name, state=s.state, cursor=s.cursor, lag=s.lag, detail=s.detail) for s in reply.sinks
+    )
     return Drain(is_stored=reply.is_drained, sinks=sinks)
-
-
-def read_sinks(run_dir: Path) -> tuple[SinkState, ...]:
-    """Read the states that the forwarders left; unreadable ones are `unknown`."""
-    found = []
-    for path in sorted(run_dir.glob("sinks/*/state.json")):
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            state = SinkState(name=raw["name"], state=raw["state"], lag=raw["lag"] or 0, detail=raw["detail"] or "")
-        except (OSError, ValueError, KeyError) as exc:
-            state = SinkState(name=path.parent.name, state="unknown", detail=str(exc))
-        found.append(state)
-    return tuple(found)
 
 
 def describe_behind(info: JobInfo, drain: Drain) -> list[str]:

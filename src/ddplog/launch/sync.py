@@ -5,28 +5,18 @@ The same agent, aggregator and forwarders do the work as in a live run; this onl
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ddplog.bootstrap import command
 from ddplog.journal.election import ensure_agent, has_agent
 from ddplog.journal.spool import DONE, read_job
+from ddplog.store.sink_states import SinkState, read_sink_states
 
 POLL_S: Final = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
-    """What became of one sink."""
-
-    sink: str
-    state: str
-    detail: str
 
 
 def unfinished_jobs(spool: Path, run_dir: Path) -> list[Path]:
@@ -59,18 +49,17 @@ def finish_job(folder: Path, timeout_s: float) -> bool:
     return False
 
 
-def deliver(run_dir: Path, sinks: Sequence[str]) -> list[Delivery]:
-    """Run a forwarder for each sink until it has delivered what the store holds."""
+def deliver(run_dir: Path, sinks: Sequence[str], timeout_s: float) -> tuple[SinkState, ...]:
+    """Run a forwarder for each sink until it has delivered what the store holds, or asked to stop after `timeout_s`."""
     processes = [
         subprocess.Popen(command("ddplog.forward.__main__", "--run-dir", str(run_dir), "--sink", sink, "--once"))
         for sink in sinks
     ]
+    deadline = time.monotonic() + timeout_s
     for process in processes:
-        process.wait()
-    return list(_deliveries(run_dir))
-
-
-def _deliveries(run_dir: Path) -> Iterator[Delivery]:
-    for path in sorted(run_dir.glob("sinks/*/state.json")):
-        state = json.loads(path.read_text())
-        yield Delivery(sink=str(state["name"]), state=str(state["state"]), detail=str(state.get("detail") or ""))
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it has stored how far it is
+            process.wait()
+    return read_sink_states(run_dir)

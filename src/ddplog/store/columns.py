@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddplog.core.delivery import Event, Point, Text
 from ddplog.errors import DdplogError
+from ddplog.store.sink_states import SinkState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
+
+__all__ = [
+    "Attempt", "Drop", "Event", "Metric", "MetricColumns", "Param", "Point", "RankColumns", "RunSummary", "SinkState",
+    "Text", "UnknownMetricError", "WriterInfo", "columns_of", "concatenate", "floats", "import_pandas", "ints",
+]  # fmt: skip
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -148,30 +155,6 @@ class Param:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    id: int
-    attempt: int
-    rank: int
-    key: str
-    step: int | None
-    text: str
-    time_unix_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    id: int
-    attempt: int
-    rank: int | None
-    step: int | None
-    kind: str
-    level: str
-    message: str
-    data: Mapping[str, Any]
-    time_unix_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Drop:
     """Records of one writer that are not in the store, and why."""
 
@@ -180,43 +163,6 @@ class Drop:
     attempt: int
     reason: str
     count: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One row of `points`, NaN as None is in SQL."""
-
-    id: int
-    key: str
-    attempt: int
-    step: int
-    value: float | None
-    n: int
-    expected: int
-    min: float | None
-    min_rank: int | None
-    max: float | None
-    max_rank: int | None
-    mean: float | None
-    std: float | None
-    nan_count: int
-    inf_count: int
-    bad_rank: int | None
-    revision: int
-    time_unix_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SinkState:
-    """What a sink's forwarder last wrote to sinks/<name>/state.json."""
-
-    name: str
-    state: str
-    """starting, running, retrying, failed, drained; `unreadable` where the file is not what it should be."""
-    cursor: int
-    lag: int
-    detail: str
-    time_unix_ns: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

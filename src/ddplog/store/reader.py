@@ -46,6 +46,7 @@ from ddplog.store.columns import (
     ints,
 )
 from ddplog.store.schema import FORMAT_VERSION, META_FORMAT, META_RUN, META_STATUS, META_WATERMARK
+from ddplog.store.sink_states import read_sink_states
 
 if TYPE_CHECKING:
     import os
@@ -375,7 +376,7 @@ class Run:
 
     def sink_states(self) -> tuple[SinkState, ...]:
         """Return what each sink's forwarder last said of itself, by name."""
-        return tuple(_read_sink(path) for path in sorted(self.path.glob("sinks/*/state.json")))
+        return read_sink_states(self.path)
 
     # Statements.
 
@@ -514,22 +515,6 @@ def _not_found(folder: Path) -> str:
     close = difflib.get_close_matches(folder.name, [path.name for path in names.values()], n=3, cutoff=0.5)
     near = [shown for shown, path in names.items() if path.name in close] or sorted(names)[-3:]
     return f"{looked}; near it: {', '.join(near)}"
-
-
-def _read_sink(path: Path) -> SinkState:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return SinkState(
-            name=str(raw.get("name", path.parent.name)),
-            state=str(raw["state"]),
-            cursor=int(raw.get("cursor") or 0),
-            lag=int(raw.get("lag") or 0),
-            detail=str(raw.get("detail") or ""),
-            time_unix_ns=int(raw.get("time_unix_ns") or 0),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-        detail = f"{type(exc).__name__}: {exc}"
-        return SinkState(name=path.parent.name, state="unreadable", cursor=0, lag=0, detail=detail, time_unix_ns=0)
 
 
 def _is_alive(pid: int, start_ticks: int | None) -> bool:
