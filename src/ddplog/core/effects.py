@@ -76,7 +76,7 @@ class Writer:
         has_risen = self.step > old_step
         self.num_rises += has_risen
         pause_ns = now_ns - self.last_moved_ns
-        if pause_ns > self.longest_pause_ns or (has_risen and self.num_rises == 2):  # noqa: PLR2004
+        if pause_ns > self.longest_pause_ns or (has_risen and self.num_rises == 2):
             self.longest_pause_ns = pause_ns
         self.last_moved_ns = now_ns
 
@@ -205,5 +205,5 @@ class Restored(NamedTuple):
     """Whether the run had ended; that stands until a new writer comes."""
     unsettled: Sequence[Stale]
     """Points that were about to change; they are derived again."""
-    hangs: Mapping[int, Hanging] = {}
-    """attempt -> what the last `hang` event says that no `hang_over` followed."""
+    hangs: Mapping[int, str] = {}
+    """attempt -> the data of its last `hang` event, if no `hang_over` followed."""

@@ -35,11 +35,15 @@ from ddplog.core.effects import (
     Writer,
     WriterInfo,
 )
+from ddplog.core.hang import UNSEEN_NS, Hang, find_hang, is_over, restore_hang, stacks_wanted, standing
 from ddplog.core.panel import Emission, Panel, RankStates
 from ddplog.core.records import KIND_SCHEMA, NO_STEP, Record, scan_payload
 from ddplog.core.reduce import is_reduction
+from ddplog.core.stacks import place
 from ddplog.core.watermark import NOTHING_YET, Watermark
 
+_HANG_CHECK_NS: Final = 1_000_000_000
+_MAX_ENDED_NAMED: Final = 4
 SILENT_NODE_NS: Final = 30_000_000_000
 """A node without a sign of life for this long, after the launcher's last word, is not waited for."""
 
@@ -52,6 +56,8 @@ class Options:
     late_ns: int
     settle_ns: int
     max_keys: int
+    hang_ns: int = 0
+    """0: no attempt is taken for hung."""
     max_open: int = 65_536
     """Open windows per panel beyond which the oldest close incomplete: a rank far ahead must not fill the memory."""
 
@@ -79,6 +85,9 @@ class _Attempt:
     """key_id -> (panel, column)"""
     layouts: dict[tuple[str, ...], tuple[_Piece, ...]] = field(default_factory=dict)
     members: list[Writer] = field(default_factory=list)
+    hang: Hang | None = None
+    hung_unix_ns: int = 0
+    """Since when, by the wall."""
 
 
 class Pipeline:
@@ -112,6 +121,7 @@ class Pipeline:
         self._is_replaying = False
         self._restored_stale: list[Stale] = []
         self._emitted_to: dict[tuple[int, int], int] = {}
+        self._hang_due_ns = 0
         self._effects = Effects()
         if restored is not None:
             self._restore(restored, now_ns)
@@ -146,7 +156,7 @@ class Pipeline:
             if writer is None:
                 writer = self._admit_writer(info, now_ns, time_unix_ns)
             writer.info = info
-            writer.last_seen_ns = now_ns
+            _see(writer, now_ns)
             if info.oldest_seq > writer.next_seq:
                 self._lose(writer, info.oldest_seq, time_unix_ns)
             result.append(writer)
@@ -171,6 +181,7 @@ class Pipeline:
             is_reduced=is_reduced,
             last_seen_ns=now_ns,
             last_moved_ns=now_ns,
+            watched_ns=now_ns,
         )
         self.writers[info.incarnation] = self._by_id[writer.writer_id] = writer
         attempt.members.append(writer)
@@ -253,13 +264,13 @@ class Pipeline:
         writer = self.writers.get(incarnation)
         if writer is None:
             return None
-        writer.last_seen_ns = now_ns
+        _see(writer, now_ns)
         decision = admit(writer.next_seq, first_seq, num_records)
         if not isinstance(decision, Accept):
             return decision
         if decision.skip:
             payload = payload[scan_payload(payload)[decision.skip][0] :]
-        count = num_records - decision.skip
+        count, old_step = num_records - decision.skip, writer.step
         if count != 1 or not self._single(writer, payload, now_ns):
             self._records(writer, count, payload, now_ns, time_unix_ns)
         self._effects.log.append(
@@ -267,7 +278,7 @@ class Pipeline:
         )
         self.num_entries += 1
         writer.next_seq += count
-        writer.last_moved_ns = now_ns
+        writer.move(old_step, now_ns)
         self._effects.writers[writer.writer_id] = writer
         self._reach_pending(writer, now_ns)
         self._settle_end(writer, time_unix_ns)
@@ -304,6 +315,7 @@ class Pipeline:
             pieces[0].panel.put_off(writer.info.rank, payload, late_to, now_ns, self.num_entries)
             attempt.watermark.advance(writer.info.rank, record.step, now_ns)
         writer.step = max(writer.step, record.step)
+        writer.first_step = min(writer.first_step, record.step)
         writer.num_values += record.num_keys
         self._effects.num_values += record.num_keys
         self.num_values += record.num_keys
@@ -319,6 +331,7 @@ class Pipeline:
             self._reduce(writer, attempt, rows, max(attempt.closed_to, writer.step - 1), now_ns)
             attempt.watermark.advance(writer.info.rank, step, now_ns)
         writer.step = max(writer.step, step)
+        writer.first_step = min(writer.first_step, int(rows.steps.min()))
 
     def _reduce(self, writer: Writer, attempt: _Attempt, rows: Rows, late_to: int, now_ns: int) -> None:
         for piece in self._layout(attempt, writer.schemas[rows.schema_id]):
@@ -494,7 +507,7 @@ class Pipeline:
         writer = self.writers.get(incarnation)
         if writer is None:
             return
-        writer.last_seen_ns = now_ns
+        _see(writer, now_ns)
         self.node_seen_ns[writer.info.node_id] = now_ns
         writer.backlog_bytes = backlog_bytes
         known = {**drops, "lost_records": writer.num_lost} if writer.num_lost else dict(drops)
@@ -510,8 +523,9 @@ class Pipeline:
             step = writer.pending_step[0]
             writer.pending_step = None
             if step > writer.step:
-                writer.step = step
-                writer.last_moved_ns = now_ns
+                old_step, writer.step = writer.step, step
+                writer.first_step = min(writer.first_step, step)
+                writer.move(old_step, now_ns)
             if writer.is_reduced:
                 self.attempts[writer.attempt].watermark.advance(writer.info.rank, step, now_ns)
 
@@ -575,7 +589,68 @@ class Pipeline:
         """Close what is due; decide whether the run is over."""
         for attempt in self.attempts.values():
             self._close(attempt, now_ns, time_unix_ns)
+        self._watch_for_hangs(now_ns, time_unix_ns)
         self._decide_end(now_ns, time_unix_ns)
+
+    def _watch_for_hangs(self, now_ns: int, time_unix_ns: int) -> None:
+        hang_ns = self.options.hang_ns
+        if hang_ns <= 0 or now_ns < self._hang_due_ns:
+            return
+        self._hang_due_ns = now_ns + min(_HANG_CHECK_NS, hang_ns // 8)
+        for attempt in self.attempts.values():
+            if attempt.hang is not None and is_over(attempt.hang, attempt.holders.values()):
+                self._end_hang(attempt, attempt.hang, time_unix_ns)
+            if attempt.hang is None and attempt.number == self.attempt:
+                writers = [writer for _, writer in sorted(attempt.holders.items())]
+                attempt.hang = find_hang(writers, hang_ns, now_ns)
+                if attempt.hang is not None:
+                    self._begin_hang(attempt, attempt.hang, writers, now_ns, time_unix_ns)
+
+    def _begin_hang(
+        self, attempt: _Attempt, hang: Hang, writers: Sequence[Writer], now_ns: int, time_unix_ns: int
+    ) -> None:
+        attempt.hung_unix_ns = time_unix_ns - (now_ns - hang.since_ns)
+        rank = hang.ranks[0] if len(hang.ranks) == 1 else None
+        data = hang.data(attempt.hung_unix_ns)
+        self._effects.events.append(
+            EventRow(attempt.number, rank, hang.step, "hang", "warning", hang.message(now_ns), data, time_unix_ns)
+        )
+        self._effects.stacks += stacks_wanted(hang, writers, self.options.hang_ns, now_ns)
+
+    def _end_hang(self, attempt: _Attempt, hang: Hang, time_unix_ns: int) -> None:
+        attempt.hang = None
+        again = [attempt.holders[rank] for rank in hang.ranks if attempt.holders[rank].state == "running"]
+        rank = hang.ranks[0] if len(hang.ranks) == 1 else None
+        for_s = max(0, time_unix_ns - attempt.hung_unix_ns) / 1e9
+        ended = [f"rank {r}: {attempt.holders[r].state}" for r in hang.ranks if attempt.holders[r].state != "running"]
+        what = f"it moves again after {for_s:.1f} s" if again else f"over after {for_s:.1f} s"
+        message = "; ".join([what, *ended[:_MAX_ENDED_NAMED]])
+        step = min((writer.step for writer in again), default=hang.step)
+        self._effects.events.append(
+            EventRow(attempt.number, rank, step, "hang_over", "info", message, "{}", time_unix_ns)
+        )
+
+    def standing(self, writer: Writer, now_ns: int) -> str:
+        """Say in a word how a writer stands; see core/hang.py."""
+        attempt = self.attempts[writer.attempt]
+        reached = int(attempt.watermark.progress.max())
+        return standing(writer, attempt.hang, reached, self.options.grace_ns, now_ns)
+
+    def hang_words(self, now_ns: int) -> str:
+        """Say how the current attempt hangs; empty: it does not."""
+        hang = self.attempts[self.attempt].hang if self.attempts else None
+        return hang.message(now_ns) if hang is not None else ""
+
+    def stack(self, incarnation: bytes, text: str, trouble: str, time_unix_ns: int) -> None:
+        """An agent has collected a rank's Python stacks, or says why it could not."""
+        writer = self.writers.get(incarnation)
+        if writer is None:
+            return
+        rank, step = writer.info.rank, None if writer.step == NO_STEP else writer.step
+        message = f"no stack of rank {rank}: {trouble}" if trouble else f"rank {rank} is in {place(text)}"
+        data = json.dumps({"text": text})
+        level = "warning" if trouble else "info"
+        self._effects.events.append(EventRow(writer.attempt, rank, step, "stack", level, message, data, time_unix_ns))
 
     def _close(self, attempt: _Attempt, now_ns: int, time_unix_ns: int, *, at_once: bool = False) -> None:
         watermark = attempt.closed_to = attempt.watermark.value(now_ns)
@@ -697,8 +772,12 @@ class Pipeline:
                 watermark=Watermark(attempt_row.world_size, self.options.grace_ns, now_ns),
                 opened_unix_ns=attempt_row.opened_unix_ns,
             )
+        for number, data in restored.hangs.items():
+            attempt = self.attempts[number]
+            attempt.hang, attempt.hung_unix_ns = restore_hang(data, now_ns)
         for writer in restored.writers:
-            writer.last_seen_ns = writer.last_moved_ns = now_ns
+            writer.last_seen_ns = writer.last_moved_ns = writer.watched_ns = now_ns
+            writer.first_step = min(writer.step, 0)  # whether its steps went on is not stored: they did
             self.writers[writer.info.incarnation] = self._by_id[writer.writer_id] = writer
             attempt = self.attempts[writer.attempt]
             attempt.members.append(writer)
@@ -801,6 +880,13 @@ class Pipeline:
             f"<Pipeline attempt={self.attempt} writers={len(self.writers)} ended={ended} keys={len(self.keys)} "
             f"values={self.num_values} verdict={self.verdict}>"
         )
+
+
+def _see(writer: Writer, now_ns: int) -> None:
+    """Note a sign of life of the writer's node; after a gap nothing is known of what the rank did in it."""
+    if now_ns - writer.last_seen_ns > UNSEEN_NS:
+        writer.watched_ns = now_ns
+    writer.last_seen_ns = now_ns
 
 
 def _check_schemas(writer: Writer, items: Iterable[Rows | Record]) -> None:
