@@ -462,3 +462,26 @@ def test_a_commit_that_fails_leaves_everything_as_it_was_and_can_be_repeated(run
 def test_positions_are_the_logs_own(store):
     assert store.replay_from == Position(1, 0)
     assert "next_id=1" in repr(store)
+
+
+def test_a_restart_knows_how_far_each_key_went_in_each_attempt(run_dir):
+    """What is at or below it is stored; an attempt that was rewound has a mark of its own."""
+    store, rank = RunStore(run_dir, RUN), Rank(0)
+    for step in range(9):
+        rank.log(step, x=1.0)
+    rank.log(3, y=1.0)
+    feed = Feed(rank)
+    feed.end(rank)
+    commit(store, feed.effects())
+    store.close()
+    store = RunStore(run_dir, RUN)
+    assert store.restore().emitted_to == {(0, 1): 8, (0, 2): 3}
+    again = Rank(0, life=1).log(2, x=1.0)
+    feed = Feed(restored=store.restore())
+    feed.declare(again)
+    feed.end(again)
+    commit(store, feed.effects())
+    store.close()
+    store = RunStore(run_dir, RUN)
+    assert store.restore().emitted_to == {(0, 1): 8, (0, 2): 3, (1, 1): 2}
+    store.close()

@@ -38,6 +38,9 @@ _RESTART_BACKOFF_NS: Final = (0, 100_000_000, 500_000_000, 1_000_000_000, 5_000_
 _STARTS_AFTER_PROGRESS: Final = 2
 """How many starts count against an aggregator that acknowledged something in its life: it was killed, it is not broken,
 and waits 0.5 s at most. One that dies without an acknowledgement waits longer every time."""
+_STARTS_AFTER_KILL: Final = 1
+"""The same for one that was killed with -9, even in its start: that says nothing against it, and starting takes longer
+than the 0.1 s between two starts."""
 KEEP_DONE_S: Final = 3600.0
 _GIVE_UP_NS: Final = 600_000_000_000
 """How long an agent whose ranks are gone tries to reach an aggregator before it leaves the rest to `ddplog sync`."""
@@ -144,7 +147,9 @@ class Agent:
                 _logger.info("the aggregator has finished")
             else:
                 _logger.warning("the aggregator ended with %d", code)
-                if self._num_acked() > self.num_acked:
+                if code == -signal.SIGKILL:
+                    self.num_starts = min(self.num_starts, _STARTS_AFTER_KILL)
+                elif self._num_acked() > self.num_acked:
                     self.num_starts = min(self.num_starts, _STARTS_AFTER_PROGRESS)
         if self.is_aggregator_done and not self.shipper.is_idle:
             self.is_aggregator_done = False  # a rank has come back: torchrun restarted the group

@@ -35,6 +35,9 @@ _TYPES: Final[Mapping[type[Emission], str]] = {
     Event: "event",
 }
 _FIELDS: Final = {kind: tuple(f.name for f in fields(kind)) for kind in _TYPES}
+_PLAIN: Final = frozenset({int, str, bool, type(None)})
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+"""Made once: json.dumps() makes one a line."""
 
 
 class JsonlSink:
@@ -86,11 +89,12 @@ def as_line(emission: Emission) -> bytes:
 
 def encode_line(value: Mapping[str, Any]) -> bytes:
     """Return an object as one line of UTF-8; a lone surrogate, which UTF-8 does not have, becomes '?'."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "replace") + b"\n"
+    return _ENCODER.encode(value).encode("utf-8", "replace") + b"\n"
 
 
 def _plain(value: Any) -> Any:
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, float):
         if math.isfinite(value):
             return value
