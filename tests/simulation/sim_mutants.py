@@ -8,6 +8,7 @@ from simulation.sim_edges import SimRankLog
 import ddplog.core.pipeline as pipeline_module
 from ddplog.agent.shipper import Shipper
 from ddplog.aggregator.process import Aggregator
+from ddplog.core.awake import AwakeTime
 from ddplog.core.dedup import Accept
 from ddplog.core.delivery import Delivery
 from ddplog.core.panel import Panel
@@ -210,6 +211,7 @@ MUTANTS = {
     "late value overwrites": (Panel, "_put", overwrites),
     "late value discarded": (Panel, "_slot", discards_late),
     "derive() misses the last entry": (Pipeline, "derive", derives_without_this_commit),
+    "its own stall taken for silence": (AwakeTime, "at", lambda self, now_ns: now_ns),
     "watermark ignores unseen ranks": (Watermark, "value", ignores_unseen),
 }
 

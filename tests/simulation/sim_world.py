@@ -146,6 +146,7 @@ class World:
         self.is_finished = False
         self.calm_ns = self.plan.over_ns + rng.randint(0, 1000) * MS
         self.database = sqlite3.connect(":memory:", isolation_level=None, factory=SimDatabase)
+        self._stops_ns = random.Random(seed).randint(1, self.plan.over_ns) if seed % 16 == 7 else 0
         self._fuse = self._draw_fuse()
         self._num_crashes = 0
         self.trace = None
@@ -254,6 +255,10 @@ class World:
         self.may_crash("between messages")
         if not self.is_calm and self.faults.stall and self.rng.random() < self.faults.stall:
             self.sleep(self.rng.randint(50, 1500) * MS)
+        if self._stops_ns and self.now_ns >= self._stops_ns:
+            self._stops_ns = 0
+            self.sleep(40 * SECOND)
+            return []  # SIGCONT: its I/O thread has not read anything yet, and nobody was silent
         self.advance(self.now_ns + timeout_ms * MS, wake=True)
         count = self.rng.randint(1, len(self._inbox)) if self._inbox else 0
         taken, self._inbox = self._inbox[:count], self._inbox[count:]

@@ -24,6 +24,7 @@ from ddplog import killpoints
 from ddplog.aggregator.control import ControlServer
 from ddplog.aggregator.forwarders import Forwarders
 from ddplog.aggregator.snapshot import Snapshots
+from ddplog.core.awake import AwakeTime
 from ddplog.core.dedup import Duplicate, Gap
 from ddplog.core.effects import Effects, Writer, WriterInfo
 from ddplog.core.pipeline import Options, Pipeline
@@ -63,7 +64,8 @@ class Aggregator:
         self.job = job
         settings = job.settings
         self.store = RunStore(job.run_dir, _run_row(job))
-        now = time.monotonic_ns()
+        self._time = AwakeTime(time.monotonic_ns())
+        now = self._now_ns()
         options = Options(
             grace_ns=int(settings["grace_s"] * 1e9),
             late_ns=int(settings["late_s"] * 1e9),
@@ -119,6 +121,9 @@ class Aggregator:
         killpoints.reach("aggregator.during_replay")
         self.pipeline.end_replay()
 
+    def _now_ns(self) -> int:
+        return self._time.at(time.monotonic_ns())
+
     # -- the loop
 
     def run(self) -> None:
@@ -126,13 +131,13 @@ class Aggregator:
         signal.signal(signal.SIGTERM, self._stop)
         while True:
             messages = self.router.poll(_POLL_MS)
-            now, wall = time.monotonic_ns(), time.time_ns()
+            now, wall = self._now_ns(), time.time_ns()
             if messages:
                 self._heard_ns = now
             for received in messages:
                 self._handle(received.routing_id, received.node_id, received.data, now, wall)
             self._hear()
-            now = time.monotonic_ns()
+            now = self._now_ns()
             if self._is_commit_due(now):
                 self.pipeline.tick(now, time.time_ns())
                 self._commit(now)
@@ -243,7 +248,7 @@ class Aggregator:
             self._make_durable(effects)
             killpoints.reach("aggregator.after_commit")
             self.snapshots.note(effects)
-        self._committed_ns = time.monotonic_ns()
+        self._committed_ns = self._now_ns()
         self._pending_bytes = 0
         self._answer()
         if now - self._trimmed_ns > _TRIM_NS:
@@ -272,8 +277,10 @@ class Aggregator:
                 self.store.commit(effects, locate, time.time_ns())
             except StoreError as exc:
                 _logger.error("cannot write the store, trying again: %s", exc)
+                if self._is_stopping:  # the journals have what is not stored
+                    sys.exit(128 + signal.SIGTERM)
                 self.snapshots.trouble = str(exc)
-                self.snapshots.refresh(time.monotonic_ns(), self.forwarders)
+                self.snapshots.refresh(self._now_ns(), self.forwarders)
                 time.sleep(_RETRY_S)
             else:
                 self.snapshots.trouble = ""
@@ -312,7 +319,7 @@ class Aggregator:
                     end.message,
                     wall,
                 )
-            self.pipeline.finish(request.status, request.detail, time.monotonic_ns())
+            self.pipeline.finish(request.status, request.detail, self._now_ns())
             self._heard.append(answer)
 
     def _stop(self, signum: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's signature
@@ -320,8 +327,8 @@ class Aggregator:
 
     def close(self) -> None:
         """Commit what is there and leave the run readable."""
-        self._commit(time.monotonic_ns())
-        self.snapshots.refresh(time.monotonic_ns(), self.forwarders, at_once=True)
+        self._commit(self._now_ns())
+        self.snapshots.refresh(self._now_ns(), self.forwarders, at_once=True)
         self.control.stop(0.5)
         self.forwarders.leave()
         (self.folder / "aggregator.json").unlink(missing_ok=True)
