@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -10,7 +13,6 @@ from emission_store import StoreMaker
 from system.jobs import wait_until
 
 from ddplog.aggregator.forwarders import Forwarders
-from ddplog.forward.ledger import Ledger
 from ddplog.store.emissions import EmissionReader
 from ddplog.store.sink_states import read_sink_states
 from ddplog.testing import read_jsonl
@@ -18,6 +20,7 @@ from ddplog.testing import read_jsonl
 pytestmark = [pytest.mark.system, pytest.mark.timeout(60)]
 
 SECOND = 1_000_000_000
+ENVIRON = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
 
 
 @pytest.fixture
@@ -134,17 +137,45 @@ def test_a_forwarder_that_delivers_between_its_deaths_comes_back_soon_every_time
         assert process_of(forwarders).pid != process.pid
 
 
-def test_an_end_while_another_forwarder_has_the_sink_is_none(run_dir, supervise):
-    """An earlier aggregator's forwarder lives on; ours leaves with 0, but nothing is delivered yet."""
+HOLD = """
+import sys
+from pathlib import Path
+from ddplog.forward.ledger import Ledger
+held = Ledger(Path(sys.argv[1]))
+assert held.try_lock()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_sink_that_an_earlier_aggregators_forwarder_has_is_left_to_it(run_dir, supervise):
+    """It lives on: another one, every 0.2 s, would take half a core only to end again."""
     (run_dir / "sinks").mkdir()
-    held = Ledger(run_dir / "sinks" / "jsonl")
-    assert held.try_lock()
+    words = (sys.executable, "-c", HOLD, str(run_dir / "sinks" / "jsonl"))
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRON) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        forwarders = supervise("jsonl")
+        for seconds in range(1, 100):
+            forwarders.supervise(seconds * SECOND)
+            assert process_of(forwarders) is None
+        assert not forwarders.have_ended
+    StoreMaker.set_status(_maker(run_dir), "finished")
+    forwarders.supervise(100 * SECOND)
+    assert process_of(forwarders).wait(30) == 0
+    forwarders.supervise(101 * SECOND)
+
+    assert forwarders.have_ended
+
+
+def test_an_end_before_everything_was_delivered_is_none(run_dir, supervise):
+    """An earlier aggregator's forwarder was the faster one after all: ours leaves with 0, and nothing is delivered."""
     forwarders = supervise("jsonl")
     forwarders.supervise(SECOND)
+    wait_until(lambda: state_of(run_dir) == "running")
+    process_of(forwarders).terminate()
     assert process_of(forwarders).wait(30) == 0
     forwarders.supervise(SECOND + 1)
     assert not forwarders.have_ended
-    held.unlock()
     StoreMaker.set_status(_maker(run_dir), "finished")
     forwarders.supervise(2 * SECOND)
     assert process_of(forwarders).wait(30) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from ddplog.bootstrap import command
+from ddplog.journal.segment import is_locked
 from ddplog.sinks import parse_spec
 from ddplog.store.sink_states import read_sink_state
 
@@ -64,8 +65,20 @@ class Forwarders:
                     if self._cursor(forwarder) > forwarder.cursor:
                         forwarder.num_starts = min(forwarder.num_starts, _STARTS_AFTER_PROGRESS)
             backoff = _BACKOFF_NS[min(forwarder.num_starts, len(_BACKOFF_NS) - 1)]
-            if not forwarder.has_ended and now_ns - forwarder.started_ns >= backoff:
+            is_due = not forwarder.has_ended and now_ns - forwarder.started_ns >= backoff
+            if is_due and not self._is_taken(forwarder):
                 self._start(forwarder, now_ns)
+
+    def _is_taken(self, forwarder: _Forwarder) -> bool:
+        """Whether an earlier aggregator's forwarder still has the sink: another one would only end again."""
+        try:
+            descriptor = os.open(self.run_dir / "sinks" / forwarder.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            return is_locked(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _cursor(self, forwarder: _Forwarder) -> int:
         try:
