@@ -114,6 +114,7 @@ def test_a_batch_is_sent_again_with_the_same_bounds_until_a_definite_answer(answ
 
 
 def test_a_poisoned_batch_is_halved_down_to_the_single_one():
+    """Reliability case 12: one record that the tracker never takes does not block the others for ever."""
     world = Answers({6}, [])
     world.drive(Delivery(0, None, Limits(max_items=8)), [texts(*range(1, 9))])
     assert world.offered == [[*range(1, 9)], [1, 2, 3, 4], [5, 6, 7, 8], [5, 6], [5], [6], [7, 8]]

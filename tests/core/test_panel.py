@@ -220,6 +220,7 @@ def test_repeated_values_fold_in_order_within_one_batch():
 
 
 def test_nan_and_inf_are_counted_with_the_lowest_rank_that_had_one():
+    """Reliability case 19: one NaN neither spoils the statistics nor is it hidden."""
     h = Harness(world=3)
     h.log(0, 0, 1.0).log(2, 0, float("nan")).log(1, 0, float("inf"))
     h.close(at_once=True)

@@ -100,7 +100,7 @@ def test_the_default_spool_is_this_users():
 
 
 def test_a_spool_on_a_network_filesystem_is_refused(tmp_path, monkeypatch):
-    """A journal is a shared mapping: over NFS a reader would see old pages, and a fault would kill training."""
+    """Reliability case 18. A journal is a shared mapping: over NFS a reader would see old pages, and a fault would kill training."""
     monkeypatch.setattr("ddplog.journal.spool.filesystem_magic", lambda path: 0x6969)
     with pytest.raises(ConfigError, match="nfs"):
         open_spool(str(tmp_path / "spool"))

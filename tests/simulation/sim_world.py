@@ -1,5 +1,6 @@
-"""A whole job in one thread with one seed: agents and their Shippers, the real Aggregator.run(), its store's SQL, one sink,
-and between them a network and processes that fail. The aggregator's poll() runs the other events, in simulated time.
+"""A whole job in one thread with one seed: agents and their Shippers, the real Aggregator.run(), its store's SQL, one
+sink, and between them a network and processes that fail. The aggregator's poll() runs the other events, in simulated
+time. Reliability cases 4, 8, 9, 11, 12: partitions, clogs, stalls, answers that get lost.
 """
 
 import errno

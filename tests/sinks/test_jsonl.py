@@ -27,6 +27,7 @@ def test_every_kind_has_its_type_and_fields(tmp_path):
 
 
 def test_nan_is_null_and_infinity_a_word():
+    """Reliability case 19: JSON has neither, and json.dumps would write what no parser takes."""
     assert as_object(make_point(1, "k", 1, math.nan))["value"] is None
     assert as_object(make_point(1, "k", 1, None))["nan_count"] == 1
     assert as_object(make_point(1, "k", 1, math.inf))["max"] == "Infinity"

@@ -46,6 +46,33 @@ def test_a_rank_killed_right_after_its_5000th_log_leaves_all_5000(job, launcher,
         assert run.drops() == ()
 
 
+FIRST_RANK_DIES = """
+import os, signal, time
+import ddplog
+run = ddplog.init(sinks="jsonl")
+rank = int(os.environ["RANK"])
+for step in range(400):
+    run.log({"loss": float(10 * step + rank)}, step=step)
+    time.sleep(0.002)
+    if rank == 0 and step == 99:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_rank_0_killed_takes_nobody_elses_logging_with_it(job):
+    """Reliability case 25: the aggregator is not in rank 0's fate, though it lives on rank 0's node."""
+    job.run(*job.ranks(3, job.script(FIRST_RANK_DIES)), code=128 + 9)
+
+    with job.open() as run:
+        loss = run.metric("loss")
+        assert loss.step.tolist() == list(range(400))
+        assert loss.n.tolist() == [3] * 100 + [2] * 300
+        assert loss.expected.tolist() == [3] * 400
+        assert (run.status, run.detail) == ("failed", "rank 0: died, code unknown")
+        assert [writer.state for writer in run.writers()] == ["died", "finished", "finished"]
+    wait_until(lambda: len(job.jsonl()) == 400)
+
+
 NUM_RANKS = 3
 
 STEADY = """

@@ -167,6 +167,7 @@ def test_send_to_a_peer_that_is_gone_says_so(router):
 
 
 def test_send_to_a_peer_that_does_not_read_says_so_and_waits_for_nobody(router):
+    """Reliability case 28: an answer that does not fit is dropped aloud (ROUTER_MANDATORY), never in silence."""
     with make_dealer("a", router) as dealer:
         push(dealer, router, b"hello")
         (item,) = receive(router)
@@ -180,7 +181,7 @@ def test_send_to_a_peer_that_does_not_read_says_so_and_waits_for_nobody(router):
 
 
 def test_send_without_a_connection_says_so():
-    """IMMEDIATE: else a message would count as taken while nobody is there."""
+    """Reliability case 28. IMMEDIATE: else a message would count as taken while nobody is there."""
     with make_dealer("a") as dealer:
         assert not dealer.send(b"x")
         with make_router() as router:
