@@ -89,7 +89,10 @@ def test_an_ended_run_is_delivered_and_drained(store, use):
     assert run(store) == EXIT_OK
     assert [e.id for e in sink.stored] == list(range(1, 35))
     assert (sink.closed.status, sink.closed.detail) == ("failed", "rank 1")
-    assert cursor(store) == {"format": 1, "cursor": 34, "position": {"num_items": 34}, "store_uuid": "aa" * 16}
+    assert cursor(store) == {
+        "format": 1, "cursor": 34, "position": {"num_items": 34}, "store_uuid": "aa" * 16, "num_delivered": 34,
+        "num_dead": 0,
+    }  # fmt: skip
     shown = state(store)
     assert (shown["name"], shown["state"], shown["cursor"], shown["lag"]) == ("memory", "drained", 34, 0)
 
@@ -188,8 +191,20 @@ def test_the_poisoned_go_to_the_dead_letters_and_the_rest_arrives(store, use):
         ("point", 2, 1, "poisoned"),
         ("point", 9, 8, "poisoned"),
     ]
-    assert cursor(store)["cursor"] == 10
+    for said in (cursor(store), state(store)):
+        assert (said["cursor"], said["num_delivered"], said["num_dead"]) == (10, 8, 2)
     assert "2 refused" in state(store)["detail"]
+
+
+def test_the_counts_go_on_over_restarts_and_count_nothing_twice(store, use):
+    """delivered + dead + what is behind the cursor = emitted: the delivery audit of a sink."""
+    sink = use(MemorySink(limits=Limits(max_items=4), poisoned=frozenset({3, 25})))
+    for first in range(0, 30, 10):
+        store.add_points(loss(10, first))
+        run(store, once=True)
+    said = cursor(store)
+    assert (said["cursor"], said["num_delivered"], said["num_dead"]) == (30, 28, 2)
+    assert len(sink.stored) == 28
 
 
 def test_a_dead_letter_is_kept_once_whatever_crashes(store, use):

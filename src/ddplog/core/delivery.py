@@ -232,10 +232,14 @@ class Delivery:
     Does not guarantee: that an emission reaches the sink once; a batch is sent again after an unknown outcome.
     """
 
-    def __init__(self, cursor: int, position: Position | None, limits: Limits) -> None:
+    def __init__(
+        self, cursor: int, position: Position | None, limits: Limits, *, num_delivered: int = 0, num_dead: int = 0
+    ) -> None:
         self.cursor = cursor
         self.position = position
-        self.num_dead = 0
+        self.num_delivered = num_delivered
+        """Emissions taken up to the cursor, in all lives: with num_dead, all there are up to it."""
+        self.num_dead = num_dead
         self._limits = limits
         self._queue: deque[Emission] = deque()
         self._last_id = cursor
@@ -292,6 +296,7 @@ class Delivery:
         size = self._answered()
         for _ in range(size):
             self.cursor = self._queue.popleft().id
+        self.num_delivered += size
         self.position = position
 
     def failed_retryable(self, now_ns: int, jitter: float, retry_after_s: float | None = None) -> int:

@@ -1,12 +1,14 @@
 """Owns the files in which a forwarder keeps its state, `<run_dir>/sinks/<folder name>/`. Decides nothing.
 
 lock          POSIX record lock: one forwarder per sink
-cursor.json   {"format": 1, "cursor": int, "position": object | null, "store_uuid": hex}; replaced, durable.
-              Every emission with id <= cursor is in the sink or in dead.jsonl.
+cursor.json   {"format": 1, "cursor": int, "position": object | null, "store_uuid": hex, "num_delivered": int,
+              "num_dead": int}; replaced, durable. Every emission with id <= cursor is in the sink or in dead.jsonl,
+              and counted as such.
 dead.jsonl    refused for good: one emission a line as in the JSONL sink, plus "reason"; durable before the
               cursor passes it
-state.json    {"name", "state", "cursor", "through", "lag", "detail", "time_unix_ns"}; replaced, not durable: for
-              people, and for the aggregator, which starts it again if a drained sink has not all there is.
+state.json    {"name", "state", "cursor", "through", "lag", "detail", "num_delivered", "num_dead", "time_unix_ns"};
+              replaced, not durable: for people, and for the aggregator, which starts it again if a drained sink has
+              not all there is.
               state: starting, running, retrying, failed, drained
 """
 
@@ -36,6 +38,8 @@ class Cursor:
     cursor: int = 0
     position: Position | None = None
     store_uuid: str = ""
+    num_delivered: int = 0
+    num_dead: int = 0
 
 
 class Ledger:
@@ -88,7 +92,11 @@ class Ledger:
             raw = json.loads(path.read_bytes())
             found = raw["format"]
             cursor = Cursor(
-                cursor=int(raw["cursor"]), position=raw["position"], store_uuid=str(raw.get("store_uuid", ""))
+                cursor=int(raw["cursor"]),
+                position=raw["position"],
+                store_uuid=str(raw.get("store_uuid", "")),
+                num_delivered=int(raw.get("num_delivered") or 0),
+                num_dead=int(raw.get("num_dead") or 0),
             )
         except FileNotFoundError:
             return Cursor()
@@ -105,6 +113,8 @@ class Ledger:
             "cursor": cursor.cursor,
             "position": cursor.position,
             "store_uuid": cursor.store_uuid,
+            "num_delivered": cursor.num_delivered,
+            "num_dead": cursor.num_dead,
         }
         write_atomic(self.folder / "cursor.json", json.dumps(raw).encode())
 

@@ -140,7 +140,13 @@ class Forwarder:
         stored = parts.ledger.read_cursor()
         if stored.cursor and stored.store_uuid not in ("", self._uuid):
             stored = Cursor()  # another store: the old ids mean nothing, and its points are all to come again
-        self._delivery = Delivery(stored.cursor, stored.position, parts.sink.limits)
+        self._delivery = Delivery(
+            stored.cursor,
+            stored.position,
+            parts.sink.limits,
+            num_delivered=stored.num_delivered,
+            num_dead=stored.num_dead,
+        )
         self._next_state_ns = 0
         self._state = ""
         self._reason = ""
@@ -238,7 +244,15 @@ class Forwarder:
                 return
             ledger.bury(dead)
         reach("forwarder.after_write")
-        ledger.write_cursor(Cursor(cursor=delivery.cursor, position=delivery.position, store_uuid=self._uuid))
+        ledger.write_cursor(
+            Cursor(
+                cursor=delivery.cursor,
+                position=delivery.position,
+                store_uuid=self._uuid,
+                num_delivered=delivery.num_delivered,
+                num_dead=delivery.num_dead,
+            )
+        )
         reach("forwarder.after_cursor")
         self._lag = max(0, self._lag - (delivery.cursor - before))
         self._show("running", is_urgent=False)
@@ -285,6 +299,8 @@ class Forwarder:
                 through=self._through,
                 lag=self._lag,
                 detail="; ".join(note for note in notes if note),
+                num_delivered=self._delivery.num_delivered,
+                num_dead=num_dead,
                 time_unix_ns=self._host.time_unix_ns(),
             )
         )
@@ -326,9 +342,9 @@ def forward(run_dir: Path, sink: str, host: Host, *, once: bool) -> int:
 
 
 def _forward(run_dir: Path, spec: SinkSpec, ledger: Ledger, host: Host, *, once: bool) -> int:
-    cursor = 0
+    cursor = Cursor()
     try:
-        cursor = ledger.read_cursor().cursor
+        cursor = ledger.read_cursor()
         sink = make_sink(spec)
         reader = _open_store(run_dir, host)
         if reader is None:
@@ -360,14 +376,16 @@ def _open_store(run_dir: Path, host: Host) -> EmissionReader | None:
             return None
 
 
-def _fail(spec: SinkSpec, ledger: Ledger, cursor: int, host: Host, detail: str) -> None:
+def _fail(spec: SinkSpec, ledger: Ledger, cursor: Cursor, host: Host, detail: str) -> None:
     _say(detail)
     ledger.write_state(
         SinkState(
             name=spec.folder_name,
             state="failed",
-            cursor=cursor,
+            cursor=cursor.cursor,
             detail=detail,
+            num_delivered=cursor.num_delivered,
+            num_dead=cursor.num_dead,
             time_unix_ns=host.time_unix_ns(),
         )
     )
