@@ -73,6 +73,15 @@ class Settings:
     grace_s: float = 10.0
     """A rank that has shown no step for this long is not waited for."""
 
+    hang_s: float = 300.0
+    """An attempt whose ranks, or some of them, have not moved for this long, seconds, is taken for hung: an event names
+    those behind, and their Python stacks are collected. 0: never. A pause that a rank has come back from counts twice, so
+    that a job with long validations is not taken for hung again. 5 minutes: shorter than NCCL's time-out of 10."""
+
+    stack_signal: int = 50
+    """Number of the signal that makes a rank write its Python stacks; 0: none. 50 is SIGRTMIN + 16, which nothing we
+    know of uses; where a process uses it after all, it is left alone."""
+
     late_s: float = 5.0
     """How long a value below the watermark waits for the other ranks' before its point is emitted."""
 
@@ -100,13 +109,15 @@ class Settings:
             _check_name("run_id", self.run_id)
         _check_choice("resume", self.resume, ("auto", "never", "must"))
         _check_choice("mode", self.mode, ("on", "off"))
-        for name in ("exit_wait_s", "grace_s", "late_s", "settle_s", "drain_wait_s"):
+        for name in ("exit_wait_s", "grace_s", "hang_s", "late_s", "settle_s", "drain_wait_s"):
             _check_range(name, getattr(self, name), 0, 86400)
         _check_range("segment_bytes", self.segment_bytes, 64 * 1024, 1024**3)
         _check_range("spool_bytes", self.spool_bytes, 1024 * 1024, 1024**4)
         _check_range("max_keys", self.max_keys, 1, 1_000_000)
         _check_range("rank_log_bytes", self.rank_log_bytes, 1024 * 1024, 1024**5)
         _check_range("port", self.port, 0, 65535)
+        if self.stack_signal and not 34 <= self.stack_signal <= 64:
+            raise ConfigError("stack_signal", self.stack_signal, "0 (none), or a real-time signal: 34 to 64")
         for sink in self.sinks:
             if not isinstance(sink, str) or not sink:
                 raise ConfigError("sinks", self.sinks, "each sink is a name or name://target")

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ddplog.aggregator.control import (
     FINISH_STATUSES,
+    INSPECT,
     MAX_SOCKET_PATH_BYTES,
     READ,
     ROLES,
@@ -28,7 +29,16 @@ from ddplog.errors import (
     RemoteProtocolError,
     UsageError,
 )
-from ddplog.v1.control_pb2 import FinishReply, FinishRequest, RankExit, RankStatus, StatusReply
+from ddplog.v1.control_pb2 import (
+    FinishReply,
+    FinishRequest,
+    RankExit,
+    RankStack,
+    RankStatus,
+    StacksReply,
+    StacksRequest,
+    StatusReply,
+)
 
 
 class Run:
@@ -127,6 +137,48 @@ def test_a_message_over_four_mib_is_refused(client, run):
     with pytest.raises((ControlUnavailableError, RemoteProtocolError)):
         client.finish(FinishRequest(status="failed", exits=[RankExit(message="x" * (5 << 20))]))
     assert run.requests == []
+
+
+def test_stacks_hands_the_request_over_and_returns_the_answer(run, folder):
+    reply = StacksReply(stacks=[RankStack(rank=3, text="Thread")])
+    asked = []
+    path = folder / "c.sock"
+    with (
+        ControlServer(path, run.status, run.finish, stacks=lambda r: asked.append(r) or reply),
+        connect(path) as client,
+    ):
+        assert client.stacks(StacksRequest(ranks=[3], wait_s=1.0)) == reply
+        for wait_s in (-1.0, 31.0):
+            with pytest.raises(LocalProtocolError):
+                client.stacks(StacksRequest(wait_s=wait_s))
+    assert [list(request.ranks) for request in asked] == [[3]]
+
+
+def test_stacks_are_collected_for_one_client_at_a_time(run, folder):
+    """Each waits in a thread of the server, and a rank should not write its stacks for everybody at once."""
+    inside, release = threading.Event(), threading.Event()
+
+    def collect(request):
+        inside.set()
+        release.wait()
+        return StacksReply()
+
+    path = folder / "c.sock"
+    with ControlServer(path, run.status, run.finish, stacks=collect), connect(path) as client:
+        first = threading.Thread(target=client.stacks, args=(StacksRequest(wait_s=5.0),))
+        first.start()
+        inside.wait()
+        with pytest.raises(ControlUnavailableError):
+            client.stacks(StacksRequest(wait_s=5.0))
+        assert client.status().run_id == "r1"
+        release.set()
+        first.join()
+        assert client.stacks(StacksRequest(wait_s=5.0)) == StacksReply()
+
+
+def test_a_server_without_stacks_says_so(client):
+    with pytest.raises(RemoteProtocolError):
+        client.stacks(StacksRequest())
 
 
 def test_watch_sends_one_reply_at_once_and_ends_with_the_run(client, run):
@@ -310,7 +362,7 @@ def registered_methods():
 
 def test_the_role_table_lists_every_method_of_every_service():
     assert set(registered_methods()) <= set(ROLES), "a method without a role is denied to everybody"
-    assert set(ROLES.values()) == {READ, STOP}
+    assert set(ROLES.values()) == {READ, INSPECT, STOP}
 
 
 def test_every_registered_service_is_in_the_list(server):
@@ -340,7 +392,7 @@ def call(channel, name, method):
     return grpc.StatusCode.OK
 
 
-@pytest.mark.parametrize("granted", [(), (READ,), (STOP,), (READ, STOP)])
+@pytest.mark.parametrize("granted", [(), (READ,), (INSPECT,), (STOP,), (READ, INSPECT, STOP)])
 def test_every_method_is_denied_unless_its_role_is_granted(run, folder, granted):
     server = ControlServer(folder / "c.sock", run.status, run.finish, roles=granted)
     with server, channel_to(server) as channel:

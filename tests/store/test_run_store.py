@@ -116,6 +116,7 @@ def test_a_restart_finds_what_was_committed(run_dir):
     for incarnation, old in before.writers.items():
         new = after.writers[incarnation]
         of_this_life = {"last_seen_ns": 0, "last_moved_ns": 0, "backlog_bytes": 0, "pending_step": None}
+        of_this_life |= {"watched_ns": 0, "first_step": 0, "longest_pause_ns": 0, "num_rises": 0}
         alive = {"info": replace(old.info, is_alive=False)}
         assert replace(new, **of_this_life) == replace(old, **of_this_life, **alive)
     store.close()

@@ -25,7 +25,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from ddplog.errors import ConfigError, ControlUnavailableError, DdplogError, LocalProtocolError, RemoteProtocolError
 from ddplog.journal.spool import make_private
 from ddplog.v1 import control_pb2, control_pb2_grpc
-from ddplog.v1.control_pb2 import FinishReply, FinishRequest, StatusReply, StatusRequest, WatchRequest
+from ddplog.v1.control_pb2 import (
+    FinishReply,
+    FinishRequest,
+    StacksReply,
+    StacksRequest,
+    StatusReply,
+    StatusRequest,
+    WatchRequest,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -42,12 +50,16 @@ MIN_INTERVAL_S: Final = 0.1
 MAX_INTERVAL_S: Final = 60.0
 FINISH_STATUSES: Final = ("finished", "failed", "killed", "preempted")
 
+MAX_STACKS_WAIT_S: Final = 30.0
 READ: Final = "read"
+INSPECT: Final = "inspect"
+"""To have the ranks say where they are, which sends them a signal."""
 STOP: Final = "stop"
 ROLES: Final[Mapping[str, str]] = {
     "/ddplog.v1.Control/Status": READ,
     "/ddplog.v1.Control/Watch": READ,
     "/ddplog.v1.Control/Finish": STOP,
+    "/ddplog.v1.Control/Stacks": INSPECT,
     "/grpc.health.v1.Health/Check": READ,
     "/grpc.health.v1.Health/List": READ,
     "/grpc.health.v1.Health/Watch": READ,
@@ -62,7 +74,8 @@ SERVICES: Final = (
 
 _MAX_WATCHES: Final = 12
 _NUM_THREADS: Final = 16
-"""A Watch holds a thread while it lasts. Four are left for Status and Finish, which take microseconds."""
+"""A Watch holds a thread while it lasts, and Stacks one at most. Three are left for Status and Finish, which take
+microseconds."""
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -79,6 +92,7 @@ class ControlServer:
         status: Returns a snapshot that nobody changes afterwards. Called from any thread, several at a time.
         finish: Stores the launcher's word and returns once it is stored. Called from any thread; a DdplogError it
             raises is the client's fault and becomes INVALID_ARGUMENT.
+        stacks: Collects stacks, and returns them after `wait_s` at the latest. Called from any thread.
         roles: What clients may do.
 
     Raises:
@@ -91,12 +105,13 @@ class ControlServer:
         status: Callable[[], StatusReply],
         finish: Callable[[FinishRequest], FinishReply],
         *,
-        roles: Collection[str] = (READ, STOP),
+        stacks: Callable[[StacksRequest], StacksReply] | None = None,
+        roles: Collection[str] = (READ, INSPECT, STOP),
     ) -> None:
         self.socket_path = socket_path
         target = _target(socket_path)
         make_private(socket_path.parent, "spool")
-        self._servicer = _Servicer(status, finish)
+        self._servicer = _Servicer(status, finish, stacks)
         self._health = health.HealthServicer()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="ddplog-control")
         self._server = grpc.server(
@@ -140,11 +155,18 @@ class ControlServer:
 
 
 class _Servicer(control_pb2_grpc.ControlServicer):
-    def __init__(self, status: Callable[[], StatusReply], finish: Callable[[FinishRequest], FinishReply]) -> None:
+    def __init__(
+        self,
+        status: Callable[[], StatusReply],
+        finish: Callable[[FinishRequest], FinishReply],
+        stacks: Callable[[StacksRequest], StacksReply] | None,
+    ) -> None:
         self._status = status
         self._finish = finish
+        self._stacks = stacks
         self._lock = threading.Lock()
         self._watches: set[threading.Event] = set()
+        self._is_collecting = threading.Lock()
         self._stopping = False
 
     def __repr__(self) -> str:
@@ -179,6 +201,18 @@ class _Servicer(control_pb2_grpc.ControlServicer):
             return self._finish(request)
         except DdplogError as exc:
             _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(exc))
+
+    def Stacks(self, request: StacksRequest, context: Any) -> StacksReply:  # noqa: N802
+        if self._stacks is None:
+            _abort(context, grpc.StatusCode.UNIMPLEMENTED, "no stacks here")
+        if len(request.ranks) > MAX_EXITS or not 0 <= request.wait_s <= MAX_STACKS_WAIT_S:
+            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"wait_s: 0 to {MAX_STACKS_WAIT_S:g}; or too many ranks")
+        if not self._is_collecting.acquire(blocking=False):  # each waits in a thread that Status needs
+            _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "stacks are being collected for somebody else")
+        try:
+            return self._stacks(request)
+        finally:
+            self._is_collecting.release()
 
     @contextmanager
     def _watching(self, context: Any) -> Iterator[threading.Event]:
@@ -278,6 +312,12 @@ class ControlClient:
         """Tell how the job ended; returns once that is stored."""
         with _translated(self.socket_path):
             reply: FinishReply = self._control.Finish(request, timeout=timeout_s)
+            return reply
+
+    def stacks(self, request: StacksRequest) -> StacksReply:
+        """Collect the Python stacks of living ranks; takes `wait_s` at most, and as long as the slowest rank."""
+        with _translated(self.socket_path):
+            reply: StacksReply = self._control.Stacks(request, timeout=request.wait_s + 5.0)
             return reply
 
     def health(self, timeout_s: float = 5.0) -> bool:

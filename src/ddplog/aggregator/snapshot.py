@@ -15,7 +15,7 @@ from ddplog.core.watermark import EVERYTHING, NOTHING_YET
 from ddplog.journal.spool import JobInfo
 from ddplog.store.run_store import RunStore
 from ddplog.store.sink_states import read_sink_states
-from ddplog.v1.control_pb2 import LastValue, RankStatus, SinkStatus, StatusReply
+from ddplog.v1.control_pb2 import DropCount, LastValue, RankStatus, SinkStatus, StatusReply
 
 _INTERVAL_NS: Final = 200_000_000
 _MAX_LAST_VALUES: Final = 100
@@ -88,10 +88,22 @@ class Snapshots:
             watermark = attempt.watermark.value(now_ns)
             if watermark not in (NOTHING_YET, EVERYTHING):
                 reply.watermark = watermark
-            reply.ranks.extend(self._rank(writer, now_ns) for _, writer in sorted(attempt.holders.items()))
+            reply.hang = pipeline.hang_words(now_ns)
+            others = [writer for writer in attempt.members if not writer.is_reduced]
+            shown = [*attempt.holders.values(), *others]
+            missing = [RankStatus(rank=r, state="missing") for r in range(reply.world_size) if r not in attempt.holders]
+            reply.ranks.extend(sorted([self._rank(w, now_ns) for w in shown] + missing, key=lambda rank: rank.rank))
         for state in read_sink_states(forwarders.run_dir):
             reply.sinks.append(
-                SinkStatus(name=state.name, state=state.state, cursor=state.cursor, lag=state.lag, detail=state.detail)
+                SinkStatus(
+                    name=state.name,
+                    state=state.state,
+                    cursor=state.cursor,
+                    lag=state.lag,
+                    detail=state.detail,
+                    num_delivered=state.num_delivered,
+                    num_dead=state.num_dead,
+                )
             )
         for key_id, (_, step, value) in sorted(self._last.items()):
             reply.last_values.append(LastValue(key=pipeline.names[key_id], step=step, value=value))
@@ -102,11 +114,13 @@ class Snapshots:
             rank=writer.info.rank,
             host=writer.info.host,
             pid=writer.info.pid,
-            state=writer.state,
+            state=self._pipeline.standing(writer, now_ns),
             next_seq=writer.next_seq,
             idle_s=max(0.0, (now_ns - writer.last_moved_ns) / 1e9),
             num_drops=sum(writer.drops.values()),
             backlog_bytes=writer.backlog_bytes,
+            num_values=writer.num_values,
+            drops=[DropCount(reason=reason, count=count) for reason, count in sorted(writer.drops.items())],
         )
         if writer.step != NO_STEP:
             status.step = writer.step

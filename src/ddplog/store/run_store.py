@@ -145,7 +145,14 @@ class RunStore:
                 tuple(json.loads(data))
                 for (data,) in self._db.execute("SELECT data FROM events WHERE kind = 'define' ORDER BY id").fetchall()
             ],
+            hangs=self._read_hangs(),
         )
+
+    def _read_hangs(self) -> dict[int, str]:
+        """Return the data of each attempt's last `hang` event, unless a `hang_over` followed."""
+        sql = "SELECT attempt, kind, data FROM events WHERE kind IN ('hang', 'hang_over') ORDER BY id"
+        last = {attempt: (kind, data) for attempt, kind, data in self._db.execute(sql).fetchall()}
+        return {attempt: data for attempt, (kind, data) in last.items() if kind == "hang"}
 
     @staticmethod
     def _writer(

@@ -29,6 +29,11 @@ class ControlStub(object):
                 request_serializer=ddplog_dot_v1_dot_control__pb2.FinishRequest.SerializeToString,
                 response_deserializer=ddplog_dot_v1_dot_control__pb2.FinishReply.FromString,
                 )
+        self.Stacks = channel.unary_unary(
+                '/ddplog.v1.Control/Stacks',
+                request_serializer=ddplog_dot_v1_dot_control__pb2.StacksRequest.SerializeToString,
+                response_deserializer=ddplog_dot_v1_dot_control__pb2.StacksReply.FromString,
+                )
 
 
 class ControlServicer(object):
@@ -54,6 +59,13 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Stacks(self, request, context):
+        """The Python stacks of living ranks, collected now without stopping them; stored as events too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -71,6 +83,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Finish,
                     request_deserializer=ddplog_dot_v1_dot_control__pb2.FinishRequest.FromString,
                     response_serializer=ddplog_dot_v1_dot_control__pb2.FinishReply.SerializeToString,
+            ),
+            'Stacks': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stacks,
+                    request_deserializer=ddplog_dot_v1_dot_control__pb2.StacksRequest.FromString,
+                    response_serializer=ddplog_dot_v1_dot_control__pb2.StacksReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -130,5 +147,22 @@ class Control(object):
         return grpc.experimental.unary_unary(request, target, '/ddplog.v1.Control/Finish',
             ddplog_dot_v1_dot_control__pb2.FinishRequest.SerializeToString,
             ddplog_dot_v1_dot_control__pb2.FinishReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Stacks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/ddplog.v1.Control/Stacks',
+            ddplog_dot_v1_dot_control__pb2.StacksRequest.SerializeToString,
+            ddplog_dot_v1_dot_control__pb2.StacksReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
