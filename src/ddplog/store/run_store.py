@@ -76,6 +76,7 @@ class RunStore:
             self._db.close()
             os.close(self._lock)
             raise ConfigError("run_id", run_dir.name, f"its store has format {version}, this ddplog writes format 1")
+        self._begin_life()
         self.uuid = bytes.fromhex(self._meta(schema.META_STORE_UUID))
         self._next_id = int(self._meta(schema.META_NEXT_ID))
         self._emitted_to = self._read_emitted_to()
@@ -84,6 +85,17 @@ class RunStore:
         self.replay_from = Position(*places["replay_from"])
         self.rank_log = RankLog(run_dir / "ranks", Position(*places["end"]))
         self.num_points = self._next_id - 1
+
+    def _begin_life(self) -> None:
+        """Write, and only then read where the rank log ends and cut it there.
+
+        A life that was killed inside COMMIT may have its transaction in the WAL while the shared index does not know of
+        it: nobody sees it, until the index is made again from the WAL once the last connection is gone. This
+        transaction takes its place, so what we do not see now never comes back.
+        """
+        self._db.execute("BEGIN IMMEDIATE")
+        self._put_meta(schema.META_LIVES, int(self._meta(schema.META_LIVES) or 0) + 1)
+        self._db.execute("COMMIT")
 
     def _read_emitted_to(self) -> dict[tuple[int, int], int]:
         """Return the largest step of each attempt and key.

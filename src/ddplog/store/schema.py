@@ -110,6 +110,7 @@ POINT_FIELDS: Final = (
 META_FORMAT: Final = "format"  # FORMAT_VERSION
 META_RUN: Final = "run"  # {"run_id", "project", "name", "tags", "config", "created_unix_ns", "sinks"}
 META_STORE_UUID: Final = "store_uuid"  # hex
+META_LIVES: Final = "lives"  # how many aggregators have written it, one after the other
 META_NEXT_ID: Final = "next_id"  # the next emission id
 META_STATUS: Final = "status"  # {"status", "detail", "ended_unix_ns"}
 META_VERDICT: Final = "verdict"  # [status, detail] the launcher gave; the status once everything is stored
