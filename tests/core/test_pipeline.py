@@ -157,15 +157,74 @@ def test_a_gap_that_no_journal_can_fill_is_a_loss_with_its_range():
     ]
 
 
+def test_what_a_journal_has_lost_is_counted_once_and_not_waited_for():
+    """Reliability case 17: the records behind the hole would never be taken, and asked for again for ever."""
+    a = Rank(0, 1)
+    for step in range(9):
+        a.log(step, x=step)
+    h = Harness(a)
+    assert h.pipeline.loss(a.incarnation, 2, 4, 0, 1) == Gap(next_seq=0)
+    h.send(a, last=2)
+    assert h.send(a, first=6) == Gap(next_seq=2)
+    assert h.pipeline.loss(a.incarnation, 0, 2, 0, 1) == Duplicate()
+    assert h.pipeline.loss(a.incarnation, 2, 4, 0, 1) == Accept(skip=0)
+    assert h.pipeline.loss(a.incarnation, 2, 4, 0, 1) == Duplicate()
+    assert h.pipeline.loss(a.incarnation, 3, 6, 0, 1) == Accept(skip=1)
+    assert h.pipeline.loss(b"?" * 16, 2, 4, 0, 1) is None
+    assert h.send(a, first=6) == Accept(skip=0)
+    h.end(a)
+    h.tick()
+
+    writer = h.pipeline.writers[a.incarnation]
+    assert writer.drops == {"lost_records": 4}
+    assert [event.message.partition(":")[2] for event in h.events if event.kind == "loss"] == [
+        " 2 records, seq 2 to 3, are lost: they were not on its node's disk when that went down",
+        " 2 records, seq 4 to 5, are lost: they were not on its node's disk when that went down",
+    ]
+    assert {step for _, step, _ in h.points} == {0, 5, 6, 7, 8}
+
+
+def test_a_writer_whose_last_records_are_lost_ends():
+    a = Rank(0, 1).log(0, x=1.0)
+    h = Harness(a)
+    h.send(a)
+    h.pipeline.bye(a.incarnation, 5, 0, 1)
+    assert not h.pipeline.is_drained
+    h.pipeline.loss(a.incarnation, 2, 5, 0, 1)
+
+    assert h.pipeline.is_drained
+
+
+def test_numbers_whose_names_are_lost_are_lost_with_them():
+    """The record that declares keys may lie in a hole, and those that use them behind it."""
+    a = Rank(0, 1).log(0, x=1.0).log(1, y=2.0).log(2, y=3.0).log(3, x=4.0)
+    h = Harness(a)
+    h.send(a, last=2)
+    h.pipeline.loss(a.incarnation, 2, 3, 0, 1)
+    assert h.send(a, first=3) == Accept(skip=0)
+    h.end(a)
+    h.tick()
+
+    writer = h.pipeline.writers[a.incarnation]
+    assert writer.next_seq == len(a.records)
+    assert writer.drops == {"lost_records": 3}
+    assert writer.num_values == 2
+    assert [event.message for event in h.events if event.kind == "loss"][1:] == [
+        "rank 0: 2 records, seq 3 to 4, are lost: the record of their keys is"
+    ]
+    assert {step for _, step, _ in h.points} == {0, 3}
+
+
 def test_a_malformed_batch_changes_nothing():
     a = Rank(0, 1).log(0, x=1.0)
     h = Harness(a)
     payload = b"".join(a.records)
+    wide = [a.records[0], encode_scalars(1, 1, 0, 0, 1.0, [1.0, 2.0], 0)]
 
     with pytest.raises(ValueError, match="records in a batch"):
         h.pipeline.batch(a.incarnation, 0, 3, payload, 0, 0)
     with pytest.raises(ValueError, match="is not that of these records"):
-        h.pipeline.batch(a.incarnation, 0, 1, encode_scalars(7, 0, 0, 0, 1.0, [1.0], 0), 0, 0)
+        h.pipeline.batch(a.incarnation, 0, 2, b"".join(wide), 0, 0)
     assert h.pipeline.writers[a.incarnation].next_seq == 0
     assert h.send(a) == Accept(skip=0)
 

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from ddplog.core.records import KIND_SCALARS, KIND_SCHEMA, WORD, decode, scan_payload
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal import segment as layout
-from ddplog.journal.reader import JournalReader
+from ddplog.journal.reader import Hole, JournalReader
 from ddplog.journal.writer import JournalFullError, JournalWriter
 
 
@@ -280,7 +280,9 @@ def test_acknowledged_segments_beyond_the_limit_are_deleted_and_no_others(tmp_pa
     assert reader.trim(writer.next_seq, 3 * 64 * 1024) == 2
     assert layout.segment_numbers(str(tmp_path / "j")) == [3, 4, 5]
     reader.seek(0)
-    assert reader.next_seq == reader._segment.first_seq > 0
+    hole, chunk = reader.read(1), reader.read(1)
+    assert hole == Hole(first_seq=0, next_seq=reader.oldest_seq)
+    assert chunk.first_seq == reader.oldest_seq > 0
     assert reader.trim(writer.next_seq, 0) == 2
 
 

@@ -158,16 +158,37 @@ class Pipeline:
             writer.info = info
             _see(writer, now_ns)
             if info.oldest_seq > writer.next_seq:
-                self._lose(writer, info.oldest_seq, time_unix_ns)
+                self._lose(writer, info.oldest_seq, "its journal was trimmed, and the store is new", time_unix_ns)
             result.append(writer)
         return result
 
-    def _lose(self, writer: Writer, oldest_seq: int, time_unix_ns: int) -> None:
+    def loss(
+        self, incarnation: bytes, first_seq: int, next_seq: int, now_ns: int, time_unix_ns: int
+    ) -> Accept | Duplicate | Gap | None:
+        """A writer's journal says that records are gone for good: a power cut came before they were on the disk.
+
+        Returns:
+            As batch() does.
+        """
+        writer = self.writers.get(incarnation)
+        if writer is None:
+            return None
+        _see(writer, now_ns)
+        decision = admit(writer.next_seq, first_seq, next_seq - first_seq)
+        if isinstance(decision, Accept):
+            self._lose(writer, next_seq, "they were not on its node's disk when that went down", time_unix_ns)
+            self._reach_pending(writer, now_ns)
+            self._settle_end(writer, time_unix_ns)
+        return decision
+
+    def _lose(self, writer: Writer, next_seq: int, why: str, time_unix_ns: int) -> None:
         """Close a gap that nothing can fill: without it, the writer would be asked for it for ever."""
-        count = oldest_seq - writer.next_seq
-        message = f"rank {writer.info.rank}: {count} records, seq {writer.next_seq} to {oldest_seq - 1}, are lost"
-        self._event(writer, time_unix_ns, "loss", "error", f"{message}: its journal was trimmed, and the store is new")
-        writer.next_seq = oldest_seq
+        self._note_lost(writer, writer.next_seq, next_seq - writer.next_seq, why, time_unix_ns)
+        writer.next_seq = next_seq
+
+    def _note_lost(self, writer: Writer, first_seq: int, count: int, why: str, time_unix_ns: int) -> None:
+        message = f"rank {writer.info.rank}: {count} records, seq {first_seq} to {first_seq + count - 1}, are lost"
+        self._event(writer, time_unix_ns, "loss", "error", f"{message}: {why}")
         writer.num_lost += count
         writer.drops["lost_records"] = writer.num_lost
         self._effects.writers[writer.writer_id] = writer
@@ -289,11 +310,17 @@ class Pipeline:
         if count != num_records:
             raise ValueError(f"{count} records in a batch of {num_records}")
         _check_schemas(writer, items)
+        seq = writer.next_seq
         for item in items:
             if isinstance(item, Record):
                 self._message(writer, item, time_unix_ns)
-            else:
+                seq += 1
+                continue
+            if item.schema_id in writer.schemas:
                 self._scalars(writer, item, now_ns)
+            else:  # behind a hole in the journal: numbers without names
+                self._note_lost(writer, seq, len(item.steps), "the record of their keys is", time_unix_ns)
+            seq += len(item.steps)
 
     def _single(self, writer: Writer, payload: bytes, now_ns: int) -> bool:
         """Take a batch of one record whose keys are a panel's, without making arrays of it; False: it is another.
@@ -796,7 +823,7 @@ class Pipeline:
         writer = self._by_id[writer_id]
         attempt = self.attempts[writer.attempt]
         for item in split(payload, first_seq)[1]:
-            if isinstance(item, Rows) and writer.is_reduced:
+            if isinstance(item, Rows) and writer.is_reduced and item.schema_id in writer.schemas:
                 self._reduce(writer, attempt, item, NOTHING_YET, now_ns)
         self.num_entries += 1
 
@@ -835,7 +862,7 @@ class Pipeline:
             for item in split(payload, first_seq)[1]:
                 if isinstance(item, Record):
                     continue
-                keys = writer.schemas[item.schema_id]
+                keys = writer.schemas.get(item.schema_id, ())
                 sources = [index for index, name in enumerate(keys) if name in columns]
                 part = item if steps is None else item.where(np.isin(item.steps, steps))
                 if sources and len(part.steps):
@@ -890,11 +917,11 @@ def _see(writer: Writer, now_ns: int) -> None:
 
 
 def _check_schemas(writer: Writer, items: Iterable[Rows | Record]) -> None:
-    """Raise ValueError unless every run of scalars fits a schema that came before it."""
+    """Raise ValueError unless every run of scalars fits its schema, if that came before it."""
     known = {schema_id: len(keys) for schema_id, keys in writer.schemas.items()}
     for item in items:
         if isinstance(item, Rows):
-            if known.get(item.schema_id) != item.values.shape[1]:
+            if known.get(item.schema_id, item.values.shape[1]) != item.values.shape[1]:
                 raise ValueError(f"writer {writer.writer_id}: schema {item.schema_id} is not that of these records")
         elif item.kind == KIND_SCHEMA:
             message = item.message or {}

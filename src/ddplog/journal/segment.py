@@ -5,15 +5,24 @@ head      4096 bytes, mapped by the rank (writes) and the agent (reads; writes `
              16 16s  incarnation
              64  i64 ambient step (NO_STEP: none)       72  u64 wall time of the last sign of life, ns
              80  u64 1 after a normal finish            88  u64 acked_seq: seqs below it are durable at the aggregator
+             96  u64 number of the segment that the rank is asked to leave (its disk failed); 0: none
+            104  u64 number of the oldest segment that has to be written anew (durable.py); 0: none
+            112  u64 counts the attempts to write this page: a page that could not be written must be dirty again
             128  32 x u64 drops, by the index of the reason in DROP_REASONS
            1024  JSON: the rank's identity
 alive     empty; the rank holds a POSIX record lock on it while it lives. Not on a mapped file: closing any descriptor of
           a file drops the process's locks on it, and mmap closes one. Not flock: that lives on in forked children.
-NNNNNN.seg  a segment, numbered from 1: 64 header bytes, then frames (core/records.py), then zeros:
+NNNNNN.seg  a segment, numbered from 1: 64 header bytes, then frames (core/records.py), then zeros, and in its last 64
+          bytes the header again, since without the epoch no frame can be believed:
               0  8s  magic "DDPLOGS1"      8  u32 format version    12  u32 epoch
              16  16s incarnation          32  u64 seq of its first frame
           It is preallocated (a sparse mapping on a full disk is a SIGBUS), filled under a temporary name and renamed, so
-          that a segment that can be seen has its header. When segment N+1 can be seen, N has no further frame.
+          that a segment that can be seen has its header. When segment N+1 can be seen, N has no further frame. It is
+          never used again for other records. All of this holds while the node is up; what a power cut leaves of it,
+          reader.py says.
+NNNNNN.new, NNNNNN.copy  a segment that is being made, or written anew; nobody reads them.
+
+Format 1 is the first that was released; READABLE says what this ddplog reads.
 """
 
 from __future__ import annotations
@@ -25,6 +34,8 @@ import struct
 from typing import Final
 
 FORMAT_VERSION: Final = 1
+READABLE: Final = (1,)
+"""Formats this ddplog reads; a new one is added in front, and the others stay."""
 HEAD_BYTES: Final = 4096
 HEAD_MAGIC: Final = b"DDPLOGJ1"
 SEGMENT_MAGIC: Final = b"DDPLOGS1"
@@ -39,6 +50,9 @@ STEP_OFFSET: Final = 64
 BEAT_OFFSET: Final = 72
 FINISHED_OFFSET: Final = 80
 ACKED_OFFSET: Final = 88
+SEAL_OFFSET: Final = 96
+SUSPECT_OFFSET: Final = 104
+TOUCH_OFFSET: Final = 112
 DROPS_OFFSET: Final = 128
 JSON_OFFSET: Final = 1024
 
@@ -72,6 +86,17 @@ def is_locked(descriptor: int) -> bool:
     """Tell whether another process holds a POSIX write lock on the file; takes none."""
     answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     return int(_FLOCK.unpack(answer)[0]) != fcntl.F_UNLCK
+
+
+def read_header(segment: mmap.mmap | bytes, incarnation: bytes) -> tuple[int, int] | None:
+    """Return (epoch, seq of the first frame) of a segment, from either copy of its header; None if neither is left."""
+    size = len(segment)
+    for offset in (0, size - SEGMENT_HEADER_BYTES):
+        if 0 <= offset <= size - SEGMENT_HEADER_BYTES:
+            magic, version, epoch, whose, first_seq = SEGMENT_HEADER.unpack_from(segment, offset)
+            if magic == SEGMENT_MAGIC and version in READABLE and whose == incarnation:
+                return epoch, first_seq
+    return None
 
 
 def segment_name(number: int) -> str:

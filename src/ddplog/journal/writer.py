@@ -22,6 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
@@ -38,6 +39,7 @@ from ddplog.core.records import (
     scan,
 )
 from ddplog.journal import segment as layout
+from ddplog.journal.durable import Durability
 from ddplog.killpoints import reach
 
 _MAX_DEFERRED: Final = 10_000
@@ -46,6 +48,7 @@ _RETRY_NS: Final = 1_000_000_000
 _SMALLEST_SEGMENT: Final = 64 * 1024
 _LAST_BYTES: Final = 4096
 """Kept free in every segment for the last record."""
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _ORDER: Final = "@" if sys.byteorder == "little" else "<"
 _NUMBERS: Final = (float, int)
 _INFINITY: Final = float("inf")
@@ -108,6 +111,7 @@ class JournalWriter:
         self._spool_bytes = spool_bytes
         self._check = check
         self._lock = threading.RLock()
+        self._flush_lock = threading.RLock()
         self._is_busy = False
         self.deferred: deque[tuple[Mapping[str, Any], int | None, float]] = deque()
         self._schemas: dict[tuple[str, ...], Schema] = {}
@@ -128,9 +132,14 @@ class JournalWriter:
         self._is_open = True
         folder.mkdir(mode=0o700)
         self._alive = os.open(folder / "alive", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.lockf(self._alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._head = self._make_head(identity)
-        self._roll()
+        try:
+            fcntl.lockf(self._alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._head = self._make_head(identity)
+            self._durability = Durability(folder, self._head, is_agent=False)
+            self._roll()
+        except BaseException:
+            os.close(self._alive)
+            raise
 
     # -- the hot path
 
@@ -174,7 +183,7 @@ class JournalWriter:
                 WORD_pack_into(view, offset, crc32(body, self._epoch) << 32 | schema.size)
                 self._seq += 1
                 self._offset = end
-            except (KeyError, TypeError, AttributeError, struct.error):
+            except (KeyError, TypeError, AttributeError, ValueError, struct.error):
                 return False
             except BaseException:  # a signal handler raised: did the record get in?
                 self._settle()
@@ -255,7 +264,7 @@ class JournalWriter:
         """Append the record after which nothing comes: every segment keeps room for it, so that a full disk does not
         make a normal end look like a death. Otherwise as append_message().
         """
-        self._limit = self._size
+        self._limit = self._size - layout.SEGMENT_HEADER_BYTES
         self.append_message(message)
 
     def _declare(self, keys: tuple[str, ...]) -> Schema:
@@ -283,7 +292,15 @@ class JournalWriter:
         if now > self._next_check_ns or now < self._next_check_ns - 2 * _CHECK_NS:
             self._next_check_ns = now + _CHECK_NS
             layout.put(self._head, layout.BEAT_OFFSET, layout.U64.pack(now))
+            self._leave_failed()
             self._check()
+
+    def _leave_failed(self) -> None:
+        """Go on in another segment, if the agent could not make this one durable."""
+        (failed,) = layout.U64.unpack_from(self._head, layout.SEAL_OFFSET)
+        if self._is_open and failed == self._number:
+            with suppress(JournalFullError):
+                self._roll()
 
     # -- segments
 
@@ -301,48 +318,54 @@ class JournalWriter:
             raise
 
     def _roll(self, at_least: int = 0) -> None:
+        """Go on in a new segment.
+
+        Raises:
+            JournalFullError: There is none; everything is as it was.
+        """
+        self._check_ours()
         least = layout.SEGMENT_HEADER_BYTES + at_least + _LAST_BYTES
         size = max(self._segment_bytes, least)
-        numbers = layout.segment_numbers(str(self.folder))
-        if self._number and len(numbers) * self._segment_bytes + size > self._spool_bytes:
-            raise JournalFullError("spool_full")
         path = self.folder / layout.segment_name(self._number + 1)
-        while True:
-            try:
-                descriptor = _allocate(path.with_suffix(".new"), size)
-                break
-            except OSError as exc:
-                path.with_suffix(".new").unlink(missing_ok=True)
-                if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise JournalFullError("io_error") from exc
-                size //= 4
-                if size < max(_SMALLEST_SEGMENT, least):
-                    raise JournalFullError("disk_full") from exc
+        new = path.with_suffix(".new")
         try:
-            mapping = mmap.mmap(descriptor, size)
-        finally:
-            os.close(descriptor)
-        epoch = random.SystemRandom().getrandbits(32)
-        layout.SEGMENT_HEADER.pack_into(
-            mapping, 0, layout.SEGMENT_MAGIC, layout.FORMAT_VERSION, epoch, self.incarnation, self._seq
-        )
-        reach("writer.before_rename")
-        path.with_suffix(".new").rename(path)
+            numbers = layout.segment_numbers(str(self.folder))
+            if self._number and len(numbers) * self._segment_bytes + size > self._spool_bytes:
+                raise JournalFullError("spool_full")
+            new.unlink(missing_ok=True)  # of an attempt that could not even be cleared away
+            mapping = _map_new(new, size, least)
+            size = len(mapping)
+            epoch = random.SystemRandom().getrandbits(32)
+            self._check_ours()
+            for offset in (0, size - layout.SEGMENT_HEADER_BYTES):
+                layout.SEGMENT_HEADER.pack_into(
+                    mapping, offset, layout.SEGMENT_MAGIC, layout.FORMAT_VERSION, epoch, self.incarnation, self._seq
+                )
+            reach("writer.before_rename")
+            self._check_ours()
+            new.rename(path)
+        except JournalFullError:
+            raise
+        except OSError as exc:
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+            raise JournalFullError("disk_full" if exc.errno in _NO_ROOM else "io_error") from exc
         reach("writer.after_rename")
         self._segment, self._view, self._epoch = mapping, memoryview(mapping), epoch
         self._number += 1
         self._schemas, self._last_keys = {}, None
         self._offset, self._limit, self._size = layout.SEGMENT_HEADER_BYTES, size - _LAST_BYTES, size
 
+    def _check_ours(self) -> None:
+        """Raise in a child that was forked in the midst of this: the files are the parent's."""
+        if not self._is_open:
+            raise JournalFullError("forked_child")
+
     # -- the head page
 
     def _make_head(self, identity: Mapping[str, Any]) -> mmap.mmap:
         text = json.dumps(identity, default=str).encode()
-        descriptor = _allocate(self.folder / "head.new", layout.HEAD_BYTES)
-        try:
-            head = mmap.mmap(descriptor, layout.HEAD_BYTES)
-        finally:
-            os.close(descriptor)
+        head = _map_new(self.folder / "head.new", layout.HEAD_BYTES, layout.HEAD_BYTES)
         layout.HEAD_PREFIX.pack_into(head, 0, layout.HEAD_MAGIC, layout.FORMAT_VERSION, len(text), self.incarnation)
         layout.I64.pack_into(head, layout.STEP_OFFSET, NO_STEP)
         head[layout.JSON_OFFSET : layout.JSON_OFFSET + len(text)] = text
@@ -384,9 +407,24 @@ class JournalWriter:
         return self._seq
 
     def flush(self) -> None:
-        """Make every record durable on this node. Blocks for one msync."""
-        if self._segment is not None and self._is_open:
-            self._segment.flush()
+        """Make every record durable on this node. Blocks for one fdatasync of each segment that is not yet.
+
+        Raises:
+            OSError: If the disk refuses; what is logged later goes to another segment, and the agent tries on.
+        """
+        if not self._is_open:
+            return
+        with self._flush_lock:
+            if self._durability.sync(is_over=False, with_head=True):
+                return
+            if self.enter():
+                try:
+                    self._roll()  # what it was in can be written anew once nothing is appended to it
+                finally:
+                    self.leave()
+                if self._durability.sync(is_over=False, with_head=True):
+                    return
+            raise OSError(errno.EIO, "the disk did not take what was logged", str(self.folder))
 
     def close(self, *, finished: bool) -> None:
         """Take nothing more, and let the agent know that the writer is gone."""
@@ -401,13 +439,24 @@ class JournalWriter:
         os.close(self._alive)
 
     def abandon(self) -> None:
-        """In a forked child: refuse everything, touch nothing of the parent's."""
+        """In a forked child: refuse everything, and let go of the parent's files, so that a call that is under way (a
+        signal handler forked in its midst, and the child goes on with it) cannot write either.
+        """
         self._is_open = False
         self._schemas = {}
         self._last_keys = None
-        self._limit = 0
-        self._lock = threading.RLock()
-        self._is_busy = False
+        self._offset = self._limit = self._size = 0
+        self._view.release()
+        self._view, self._segment = memoryview(b""), None
+        shown = self._head[:]
+        self._head = mmap.mmap(-1, layout.HEAD_BYTES)
+        self._head[:] = shown
+        try:
+            self._lock.release()
+            self._lock.acquire()  # the call under way gives it back
+        except RuntimeError:  # another thread's, which is not here to give it back; or nobody's
+            self._lock = threading.RLock()
+            self._is_busy = False
 
     @property
     def is_open(self) -> bool:
@@ -424,12 +473,19 @@ time_ns = time.time_ns
 WORD_pack_into = WORD.pack_into
 
 
-def _allocate(path: Path, size: int) -> int:
-    """Make a file of `size` bytes with every block allocated; return its descriptor."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+def _map_new(path: Path, size: int, least: int) -> mmap.mmap:
+    """Make and map a file of `size` bytes with every block allocated; of less, at least `least`, on a full disk."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+                return mmap.mmap(descriptor, size)
+            finally:
+                os.close(descriptor)
+        except OSError as exc:
+            path.unlink(missing_ok=True)
+            smaller = max(size // 4 & ~7, _SMALLEST_SEGMENT, least)
+            if exc.errno not in _NO_ROOM or smaller >= size:
+                raise
+            size = smaller
