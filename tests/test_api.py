@@ -77,6 +77,7 @@ def test_the_commands_and_their_flags():
         "ls": ["--dir", "--json"],
         "show": ["--dir", "--json", "--metric"],
         "top": ["--dir", "--interval", "--once"],
+        "stacks": ["--dir", "--json", "--rank", "--wait"],
         "report": ["--dir", "--open", "--output"],
         "sync": ["--dir", "--timeout", "--to"],
         "export": ["--dir", "--format", "--keys", "--output"],

@@ -101,7 +101,7 @@ class Snapshots:
                     cursor=state.cursor,
                     lag=state.lag,
                     detail=state.detail,
-                    num_delivered=state.num_delivered,
+                    num_delivered=state.num_delivered or 0,
                     num_dead=state.num_dead,
                 )
             )

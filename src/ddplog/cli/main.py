@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "ls": "List runs.",
     "show": "Show one run: its ranks, metrics, events, drops and sinks.",
     "top": "Watch a live run.",
+    "stacks": "Show where the ranks of a live run are: their Python stacks.",
     "report": "Write one self-contained HTML page of charts.",
     "sync": "Complete a run from the journals on this node, and deliver what its sinks have not got.",
     "export": "Write a run's points as CSV, JSON lines or Parquet.",

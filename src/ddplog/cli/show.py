@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -12,6 +14,9 @@ from ddplog.cli.target import find, run_argument
 if TYPE_CHECKING:
     from ddplog.store.columns import Metric, MetricColumns, RankColumns
     from ddplog.store.reader import Run
+    from ddplog.v1.control_pb2 import StatusReply
+
+_ASK_S: Final = 1.0
 
 
 @click.command("show")
@@ -30,9 +35,24 @@ def command(run: str, folder: str | None, as_json: bool, key: str | None) -> Non
         if key is not None:
             _show_metric(opened, key, as_json=as_json)
         elif as_json:
-            output.show_json(_as_dict(opened))
+            output.show_json(_as_dict(opened, _ask(opened)))
         else:
-            output.show(tables.show(opened))
+            output.show(tables.show(opened, _ask(opened)))
+
+
+def _ask(run: Run) -> StatusReply | None:
+    """Return how the ranks of a live run stand now; None if its aggregator does not say so at once."""
+    from ddplog.aggregator.control import connect
+    from ddplog.errors import DdplogError
+
+    socket = run.control_socket()
+    if socket is None:
+        return None
+    try:
+        with connect(Path(socket)) as client:
+            return client.status(timeout_s=_ASK_S)
+    except DdplogError:
+        return None
 
 
 def _show_metric(run: Run, key: str, *, as_json: bool) -> None:
@@ -47,7 +67,12 @@ def _show_metric(run: Run, key: str, *, as_json: bool) -> None:
         output.show(tables.points_table(columns))
 
 
-def _as_dict(run: Run) -> dict[str, Any]:
+def _as_dict(run: Run, live: StatusReply | None) -> dict[str, Any]:
+    from ddplog.view import audit, tables
+
+    writers, drops = run.writers(), run.drops()
+    hang = tables.hanging(run)
+    states = {(status.rank, status.pid): status.state for status in live.ranks} if live is not None else {}
     return {
         "run_id": run.run_id,
         "path": run.path.absolute(),
@@ -62,13 +87,21 @@ def _as_dict(run: Run) -> dict[str, Any]:
         "num_points": run.num_points,
         "watermark": run.watermark,
         "attempts": run.attempts,
-        "ranks": run.writers(),
+        "ranks": [{**asdict(w), "standing": states.get((w.rank, w.pid), w.state)} for w in writers],
+        "hang": hang.message if hang is not None else None,
         "metrics": [_metric(metric) for metric in run.metrics()],
         "params": run.params(),
         "texts": run.texts(),
         "events": run.events(),
-        "drops": run.drops(),
+        "drops": drops,
         "sinks": run.sink_states(),
+        "audit": {
+            "ranks": [
+                {**asdict(row), "num_dropped": row.num_dropped, "logged": row.logged}
+                for row in audit.rank_audits(writers, drops)
+            ],
+            "sinks": [{**asdict(row), "missing": row.missing} for row in audit.sink_audits(run)],
+        },
     }
 
 
@@ -84,7 +117,5 @@ def _metric(metric: Metric) -> dict[str, Any]:
 
 
 def _rows(columns: MetricColumns | RankColumns) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
     lists = {name: column.tolist() for name, column in asdict(columns).items()}
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]

@@ -183,7 +183,8 @@ def standing(writer: Writer, hang: Hang | None, reached: int, idle_ns: int, now_
 
     Returns:
         For a living rank: running; straggler (it moves, more than STRAGGLE_STEPS steps behind); idle (it has not
-        moved for `idle_ns`); hung; unseen (nothing is heard of its node). Else how it ended, or duplicate.
+        moved for `idle_ns`); hung; waiting (it stands still while others hang); unseen (nothing is heard of its
+        node). Else how it ended, or duplicate.
     """
     if writer.state in ENDED or writer.state == "duplicate":
         return writer.state
@@ -191,6 +192,8 @@ def standing(writer: Writer, hang: Hang | None, reached: int, idle_ns: int, now_
         return "unseen"
     if hang is not None and writer.info.rank in hang.ranks:
         return "hung"
+    if hang is not None and now_ns - writer.last_moved_ns > (now_ns - hang.since_ns) // 2:
+        return "waiting"
     if now_ns - writer.last_moved_ns > idle_ns:
         return "idle"
     is_far = writer.step != NO_STEP and reached - writer.step > STRAGGLE_STEPS

@@ -45,7 +45,15 @@ from ddplog.store.columns import (
     import_pandas,
     ints,
 )
-from ddplog.store.schema import FORMAT_VERSION, META_FORMAT, META_RUN, META_STATUS, META_WATERMARK
+from ddplog.store.schema import (
+    FORMAT_VERSION,
+    META_FORMAT,
+    META_NEXT_ID,
+    META_REPLACED,
+    META_RUN,
+    META_STATUS,
+    META_WATERMARK,
+)
 from ddplog.store.sink_states import read_sink_states
 
 if TYPE_CHECKING:
@@ -374,6 +382,22 @@ class Run:
         rows = self._rows(f"SELECT {', '.join(names)} FROM writers ORDER BY attempt, rank, writer_id")
         return tuple(WriterInfo(**dict(zip(names, row, strict=True))) for row in rows)
 
+    @property
+    def last_id(self) -> int:
+        """The highest id given to an emission; ids may have gaps."""
+        return int(self._meta().get(META_NEXT_ID) or 1) - 1
+
+    def num_emissions(self, after_id: int, last_id: int) -> int:
+        """Return how many emissions have an id above `after_id`, `last_id` at most: what a sink at that cursor lacks."""
+        tables = ("points", "superseded", "rank_points", "texts", "params", "events")
+        counts = " + ".join(f"(SELECT count(*) FROM {table} WHERE id > :after AND id <= :last)" for table in tables)
+        return int(self._rows(f"SELECT {counts}", {"after": after_id, "last": last_id})[0][0])
+
+    @property
+    def num_replaced(self) -> int:
+        """Values kept per rank that a late value replaced: emissions, too, and perhaps delivered before."""
+        return int(self._meta().get(META_REPLACED) or 0)
+
     def sink_states(self) -> tuple[SinkState, ...]:
         """Return what each sink's forwarder last said of itself, by name."""
         return read_sink_states(self.path)
@@ -412,7 +436,7 @@ class Run:
             after = rows[-1][0]
             yield from rows
 
-    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+    def _rows(self, query: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         try:
             return self._connection.execute(query, values).fetchall()
         except sqlite3.Error as exc:

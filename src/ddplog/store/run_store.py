@@ -79,6 +79,7 @@ class RunStore:
         self._begin_life()
         self.uuid = bytes.fromhex(self._meta(schema.META_STORE_UUID))
         self._next_id = int(self._meta(schema.META_NEXT_ID))
+        self._num_replaced = int(self._meta(schema.META_REPLACED) or 0)
         self._emitted_to = self._read_emitted_to()
         self._unsettled: list[tuple[int, list[int], list[int]]] = self._meta(schema.META_UNSETTLED) or []
         places = self._meta(schema.META_RANK_LOG) or {"end": [1, 0], "replay_from": [1, 0]}
@@ -226,7 +227,7 @@ class RunStore:
             StoreError: Nothing of the effects has been stored.
         """
         before = self.rank_log.end
-        next_id, num_points = self._next_id, self.num_points
+        next_id, num_points, num_replaced = self._next_id, self.num_points, self._num_replaced
         try:
             positions = self.rank_log.extend(effects.log)
             if positions:
@@ -239,6 +240,8 @@ class RunStore:
             place = {"end": list(self.rank_log.end), "replay_from": list(replay_from)}
             self._put_meta(schema.META_RANK_LOG, place)
             self._put_meta(schema.META_NEXT_ID, self._next_id)
+            if self._num_replaced != num_replaced:
+                self._put_meta(schema.META_REPLACED, self._num_replaced)
             rows = [(stale.attempt, list(stale.key_ids), sorted(stale.steps or ())) for stale in effects.unsettled]
             if rows != self._unsettled:
                 self._put_meta(schema.META_UNSETTLED, rows)
@@ -249,7 +252,7 @@ class RunStore:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self.rank_log.rewind(before)
-            self._next_id, self.num_points = next_id, num_points
+            self._next_id, self.num_points, self._num_replaced = next_id, num_points, num_replaced
             self._emitted_to = self._read_emitted_to()
             if isinstance(exc, (OSError, sqlite3.Error)):
                 raise StoreError(f"{self.run_dir}: {exc}") from exc
@@ -340,13 +343,19 @@ class RunStore:
                     last = int(logged[-1])
                     self._emitted_to[attempt, key] = max(last, self._emitted_to.get((attempt, key), NO_STEP))
         for key_id, step, rank, value, at in emission.rank_values:
-            self._db.execute(
-                "INSERT INTO rank_points (id, key_id, attempt, step, rank, value, time_unix_ns) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key_id, step, rank, attempt) DO UPDATE SET "
-                "id = excluded.id, value = excluded.value, time_unix_ns = excluded.time_unix_ns "
-                "WHERE value IS NOT excluded.value",
-                (self._take_ids(1), key_id, attempt, step, rank, value, at),
-            )
+            self._write_rank_point((key_id, step, rank, attempt), value, at)
+
+    def _write_rank_point(self, place: tuple[int, int, int, int], value: float, time_unix_ns: int) -> None:
+        where = "WHERE key_id = ? AND step = ? AND rank = ? AND attempt = ?"
+        known = self._db.execute(f"SELECT value FROM rank_points {where}", place).fetchone()
+        if known is None:
+            columns = "key_id, step, rank, attempt, value, time_unix_ns, id"
+            new = (*place, value, time_unix_ns, self._take_ids(1))
+            self._db.execute(f"INSERT INTO rank_points ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", new)
+        elif known[0] != (None if value != value else value):
+            changed = (self._take_ids(1), value, time_unix_ns, *place)
+            self._db.execute(f"UPDATE rank_points SET id = ?, value = ?, time_unix_ns = ? {where}", changed)
+            self._num_replaced += 1
 
     def _rows(
         self, attempt: int, emission: Emission, exists: Any, steps: Any, keys: Any, steps_at: Any

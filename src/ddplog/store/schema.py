@@ -112,6 +112,7 @@ META_RUN: Final = "run"  # {"run_id", "project", "name", "tags", "config", "crea
 META_STORE_UUID: Final = "store_uuid"  # hex
 META_LIVES: Final = "lives"  # how many aggregators have written it, one after the other
 META_NEXT_ID: Final = "next_id"  # the next emission id
+META_REPLACED: Final = "replaced"  # rank_points that a late value replaced: emissions whose id is in no table any more
 META_STATUS: Final = "status"  # {"status", "detail", "ended_unix_ns"}
 META_VERDICT: Final = "verdict"  # [status, detail] the launcher gave; the status once everything is stored
 META_UNSETTLED: Final = "unsettled"  # [[attempt, [key_id], [step]]]: points that were about to change

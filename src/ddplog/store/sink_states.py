@@ -20,8 +20,8 @@ class SinkState:
     lag: int = 0
     """Emissions the sink has not confirmed; ids have gaps, so an upper bound."""
     detail: str = ""
-    num_delivered: int = 0
-    """Emissions with an id up to the cursor that the sink took."""
+    num_delivered: int | None = None
+    """Emissions with an id up to the cursor that the sink took; None: they were not counted."""
     num_dead: int = 0
     """Those that it refused for good: they are in dead.jsonl."""
     time_unix_ns: int = 0
@@ -38,7 +38,7 @@ def read_sink_state(path: Path) -> SinkState:
             through=int(raw.get("through") or 0),
             lag=int(raw.get("lag") or 0),
             detail=str(raw.get("detail") or ""),
-            num_delivered=int(raw.get("num_delivered") or 0),
+            num_delivered=None if raw.get("num_delivered") is None else int(raw["num_delivered"]),
             num_dead=int(raw.get("num_dead") or 0),
             time_unix_ns=int(raw.get("time_unix_ns") or 0),
         )

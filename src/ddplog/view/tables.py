@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddplog.store.columns import RankColumns, SinkState
+from ddplog.view.audit import rank_audits, sink_audits
 from ddplog.view.text import count, how_ended, interest, moment, number, seconds, status_words, words
 
 if TYPE_CHECKING:
@@ -27,12 +28,16 @@ if TYPE_CHECKING:
 
     from ddplog.store.columns import Drop, Event, Metric, MetricColumns, Param, RunSummary, WriterInfo
     from ddplog.store.reader import Run
+    from ddplog.v1.control_pb2 import RankStatus, StatusReply
+    from ddplog.view.audit import RankAudit, SinkAudit
 
 MAX_RANKS: Final = 64
 MAX_METRICS: Final = 100
 MAX_EVENTS: Final = 20
 MAX_PARAMS: Final = 60
 MAX_SUMMARY_METRICS: Final = 12
+MAX_SUMMARY_RANKS: Final = 8
+MAX_AUDIT_RANKS: Final = 64
 _FOLDER_HASH: Final = re.compile(r"-[0-9a-f]{8}$")
 """What a sink with a target has behind its name in its folder's."""
 
@@ -65,10 +70,20 @@ def runs(found: Sequence[RunSummary], now: datetime | None = None) -> Renderable
     return table
 
 
-def show(run: Run) -> RenderableType:
-    """Return everything `ddplog show` prints of a run."""
+def show(run: Run, live: StatusReply | None = None) -> RenderableType:
+    """Return everything `ddplog show` prints of a run.
+
+    Args:
+        run: The run.
+        live: What its aggregator says of the ranks now, if it lives and answers.
+    """
     metrics, writers, drops = run.metrics(), run.writers(), run.drops()
-    parts: list[RenderableType] = [_heading(run), *_titled("Ranks", ranks(writers, drops))]
+    parts: list[RenderableType] = [_heading(run)]
+    hang = hanging(run)
+    if hang is not None:
+        parts.append(words(f"hangs: {hang.message} (ddplog stacks {run.run_id})", "bold red", limit=400))
+    world_size = run.attempts[-1].world_size if run.attempts else 0
+    parts += _titled("Ranks", ranks(writers, drops, world_size, live.ranks if live is not None else ()))
     parts += _titled(f"Metrics ({len(metrics)})", metrics_table(metrics))
     params = run.params()
     parts += _titled(f"Params ({len(params)})", params_table(params[:MAX_PARAMS])) if params else []
@@ -76,7 +91,7 @@ def show(run: Run) -> RenderableType:
     parts += _titled(f"Events ({len(events)})", events_table(events[-MAX_EVENTS:])) if events else []
     parts += _titled("Delivery audit: logged = stored + dropped", audit(writers, drops))
     sinks = sinks_table(run)
-    parts += _titled("Sinks", sinks) if sinks else []
+    parts += _titled("Sinks: emitted = delivered + refused + waiting", sinks) if sinks else []
     return Group(*parts)
 
 
@@ -88,12 +103,20 @@ def summary(run: Run) -> RenderableType:
     """
     metrics = sorted((m for m in run.metrics() if len(m.last)), key=lambda metric: interest(metric.key))
     facts = _facts(run)
-    drops = sum(drop.count for drop in run.drops())
-    if drops:
-        facts.add_row("dropped", words(f"{count(drops)} values (ddplog show {run.run_id})", "yellow"))
+    for event in run.events():
+        if event.kind in ("hang", "loss"):
+            facts.add_row(event.kind, words(event.message, "yellow"))
+    audits = rank_audits(run.writers(), run.drops())
+    facts.add_row("values", _ranks_total(audits))
+    counts = {audit_.name: audit_ for audit_ in sink_audits(run)}
     for state in _sink_states(run):
-        facts.add_row(words(f"sink {state.name}"), _sink_line(state))
+        line = _sink_line(state)
+        if state.name in counts and counts[state.name].delivered is not None:
+            line.append_text(Text(": ", style="dim")).append_text(_sink_sum(counts[state.name]))
+        facts.add_row(words(f"sink {state.name}"), line)
     parts: list[RenderableType] = [facts]
+    if any(audit_.num_dropped for audit_ in audits):
+        parts += ["", _ranks_audit(audits, MAX_SUMMARY_RANKS, run.run_id)]
     if metrics:
         table = _table("metric", ">step", ">last", ">min .. max over ranks", ">n")
         for metric in metrics[:MAX_SUMMARY_METRICS]:
@@ -113,11 +136,21 @@ def summary(run: Run) -> RenderableType:
     return Panel(Group(*parts), title=words(run.name, "bold"), border_style=colour, expand=False, padding=(0, 1))
 
 
-def ranks(writers: Sequence[WriterInfo], drops: Sequence[Drop]) -> RenderableType:
-    """Return the ranks table; of a large world those that died, then the first ones."""
+def ranks(
+    writers: Sequence[WriterInfo], drops: Sequence[Drop], world_size: int = 0, live: Sequence[RankStatus] = ()
+) -> RenderableType:
+    """Return the ranks table; of a large world those that died, then the first ones.
+
+    Args:
+        writers: Every life of every rank.
+        drops: What they dropped.
+        world_size: Of the newest attempt; a rank of it that never appeared is named.
+        live: How the living ones stand now, beyond what the store knows: hung, idle, ...
+    """
     if not writers:
         return Text("no rank has joined", style="dim")
     dropped = _dropped(drops)
+    standing = {(status.rank, status.pid): status for status in live}
     has_attempts = len({writer.attempt for writer in writers}) > 1
     newest = sorted(writers, key=lambda w: (w.state not in _BAD_STATES, -w.attempt, w.rank, w.writer_id))
     shown = sorted(newest[:MAX_RANKS], key=lambda w: (w.attempt, w.rank, w.writer_id))
@@ -126,17 +159,35 @@ def ranks(writers: Sequence[WriterInfo], drops: Sequence[Drop]) -> RenderableTyp
     for writer in shown:
         detail = how_ended(writer.exit_code, writer.signal, writer.detail)
         num_drops = sum(dropped[writer.writer_id].values())
+        state, now = writer.state, standing.get((writer.rank, writer.pid))
+        if now is not None and state == "running" and now.state != "running":
+            state, detail = now.state, f"for {seconds(now.idle_s)}"
         table.add_row(
             *([str(writer.attempt)] if has_attempts else []),
             str(writer.rank),
             words(writer.host),
             str(writer.pid),
-            status_words(writer.state, detail),
+            status_words(state, detail),
             "-" if writer.step is None else str(writer.step),
             count(writer.next_seq),
             Text(count(num_drops), style="yellow" if num_drops else ""),
         )
-    return _with_rest(table, len(writers) - len(shown), "ranks, in --json")
+    newest_attempt = max(writer.attempt for writer in writers)
+    missing = sorted(set(range(world_size)) - {w.rank for w in writers if w.attempt == newest_attempt})
+    parts: list[RenderableType] = [_with_rest(table, len(writers) - len(shown), "ranks, in --json")]
+    if missing:
+        named = ", ".join(map(str, missing[:MAX_SUMMARY_RANKS])) + (", ..." if len(missing) > MAX_SUMMARY_RANKS else "")
+        parts.append(Text(f"{count(len(missing))} of {count(world_size)} ranks have not appeared: {named}", "yellow"))
+    return Group(*parts)
+
+
+def hanging(run: Run) -> Event | None:
+    """Return the event of the hang that a running run is in, if it is in one."""
+    if run.status != "running":
+        return None
+    last = next((event for event in reversed(run.events()) if event.kind in ("hang", "hang_over")), None)
+    newest = run.attempts[-1].attempt if run.attempts else 0
+    return last if last is not None and last.kind == "hang" and last.attempt == newest else None
 
 
 def metrics_table(metrics: Sequence[Metric]) -> RenderableType:
@@ -220,39 +271,75 @@ def params_table(params: Sequence[Param]) -> RenderableType:
 
 def audit(writers: Sequence[WriterInfo], drops: Sequence[Drop]) -> RenderableType:
     """Return, per rank, what it accepted, what is stored, and what was dropped by reason."""
-    dropped = _dropped(drops)
-    reasons = sorted({drop.reason for drop in drops})
-    total = Text()
-    stored, lost = sum(w.num_values for w in writers), sum(d.count for d in drops)
-    total.append(f"{count(stored + lost)} values logged = {count(stored)} stored + {count(lost)} dropped")
-    if not reasons:
-        total.stylize("green")
-        return total
-    table = _table(">rank", ">logged", ">stored", *(f">{reason}" for reason in reasons))
-    # A drop without a writer row stands under rank -1: it is shown, never left out.
-    known = {writer.writer_id: (writer.rank, writer.num_values) for writer in writers}
-    for writer_id in sorted(dropped, key=lambda i: known.get(i, (-1, 0))):
-        rank, num_stored = known.get(writer_id, (-1, 0))
-        by_reason = dropped[writer_id]
+    audits = rank_audits(writers, drops)
+    return Group(_ranks_total(audits), _ranks_audit(audits, MAX_AUDIT_RANKS)) if audits else _ranks_total(audits)
+
+
+def _ranks_total(audits: Sequence[RankAudit]) -> Text:
+    stored, dropped = sum(row.stored for row in audits), sum(row.num_dropped for row in audits)
+    said = f"{count(stored + dropped)} values logged = {count(stored)} stored + {count(dropped)} dropped"
+    return Text(said, style="yellow" if dropped else "green")
+
+
+def _ranks_audit(audits: Sequence[RankAudit], limit: int, run_id: str = "") -> RenderableType:
+    """Return the table of the ranks, those that dropped first where they are too many."""
+    reasons = sorted({reason for row in audits for reason in row.dropped})
+    has_attempts = len({row.attempt for row in audits}) > 1
+    shown = sorted(sorted(audits, key=lambda row: -row.num_dropped)[:limit], key=lambda row: (row.attempt, row.rank))
+    table = _table(*((">attempt",) if has_attempts else ()), ">rank", ">logged", ">stored", *(f">{r}" for r in reasons))
+    for row in shown:
         table.add_row(
-            str(rank),
-            count(num_stored + sum(by_reason.values())),
-            count(num_stored),
-            *(count(by_reason.get(reason, 0)) for reason in reasons),
+            *([str(row.attempt)] if has_attempts else []),
+            str(row.rank),
+            count(row.logged),
+            count(row.stored),
+            *(count(row.dropped.get(reason, 0)) for reason in reasons),
         )
-    total.stylize("yellow")
-    return Group(total, table)
+    return _with_rest(
+        table, len(audits) - len(shown), f"ranks, in ddplog show {run_id}" if run_id else "ranks, in --json"
+    )
+
+
+def _sink_cells(row: SinkAudit) -> list[Text]:
+    return [
+        Text(count(row.emitted)),
+        Text("-" if row.delivered is None else count(row.delivered)),
+        Text(count(row.refused), style="yellow" if row.refused else ""),
+        Text(count(row.waiting), style="yellow" if row.waiting else ""),
+        _sink_rest(row),
+    ]
+
+
+def _sink_sum(row: SinkAudit) -> Text:
+    said = f"{count(row.emitted)} emitted = {count(row.delivered or 0)} delivered + {count(row.refused)} refused"
+    text = Text(f"{said} + {count(row.waiting)} waiting", style="yellow" if row.refused or row.waiting else "green")
+    rest = _sink_rest(row)
+    return text.append(" ").append_text(rest) if rest.plain else text
+
+
+def _sink_rest(row: SinkAudit) -> Text:
+    if row.missing:
+        return Text(f"{count(abs(row.missing))} {'lost' if row.missing > 0 else 'too many'}", style="bold red")
+    return Text(f"{count(row.replaced)} of them replaced" if row.replaced else "", style="dim")
 
 
 def sinks_table(run: Run) -> RenderableType | None:
-    """Return the sinks with state, cursor and lag; None if the run has none."""
+    """Return the sinks with state and cursor, and what became of everything emitted; None if the run has none."""
     states = _sink_states(run)
     if not states:
         return None
-    table = _table("sink", "state", ">cursor", ">lag", "detail")
+    audits = {row.name: row for row in sink_audits(run)}
+    names = (">cursor", ">lag", ">emitted", ">delivered", ">refused", ">waiting", "", "detail")
+    table = _table("sink", "state", *names)
     for state in states:
+        row = audits.get(state.name)
         table.add_row(
-            words(state.name), status_words(state.state), count(state.cursor), count(state.lag), words(state.detail)
+            words(state.name),
+            status_words(state.state),
+            count(state.cursor),
+            count(state.lag),
+            *(_sink_cells(row) if row is not None else [""] * 5),
+            words(state.detail),
         )
     return table
 

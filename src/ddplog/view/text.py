@@ -27,6 +27,13 @@ STATUS_STYLES: Final = {
     "retrying": "yellow",
     "drained": "green",
     "starting": "cyan",
+    "hung": "bold red",
+    "straggler": "yellow",
+    "idle": "yellow",
+    "waiting": "yellow",
+    "unseen": "yellow",
+    "missing": "yellow",
+    "duplicate": "bold red",
 }
 
 

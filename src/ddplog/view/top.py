@@ -37,11 +37,15 @@ MAX_RANKS: Final = 32
 NUM_EXTREME: Final = 12
 MAX_VALUES: Final = 12
 _IDLE_WARN_S: Final = 10.0
+_MAX_WORST: Final = 4
+_LIVING: Final = ("running", "straggler", "idle", "waiting", "hung", "unseen")
 
 
 def render(reply: StatusReply) -> RenderableType:
     """Return one frame of the live view."""
     parts: list[RenderableType] = [_heading(reply), "", _ranks(reply)]
+    if any(rank.drops for rank in reply.ranks):
+        parts += ["", _drops(reply)]
     if reply.last_values:
         parts += ["", _values(reply)]
     if reply.sinks:
@@ -51,13 +55,13 @@ def render(reply: StatusReply) -> RenderableType:
 
 def reply_from_run(run: Run) -> StatusReply:
     """Make the reply that the run's aggregator would have given last, from the store."""
-    from ddplog.v1.control_pb2 import LastValue, RankStatus, SinkStatus, StatusReply
+    from ddplog.v1.control_pb2 import DropCount, LastValue, RankStatus, SinkStatus, StatusReply
 
     attempts, writers, now_s = run.attempts, run.writers(), time.time()
     newest = attempts[-1].attempt if attempts else 0
-    dropped: dict[int, int] = {}
+    dropped: dict[int, dict[str, int]] = {}
     for drop in run.drops():
-        dropped[drop.writer_id] = dropped.get(drop.writer_id, 0) + drop.count
+        dropped.setdefault(drop.writer_id, {})[drop.reason] = drop.count
     lives = {writer.rank: writer for writer in writers if writer.attempt == newest}
     ranks = []
     for _, writer in sorted(lives.items()):
@@ -67,7 +71,9 @@ def reply_from_run(run: Run) -> StatusReply:
             pid=max(writer.pid, 0),
             state=writer.state,
             next_seq=writer.next_seq,
-            num_drops=dropped.get(writer.writer_id, 0),
+            num_values=writer.num_values,
+            num_drops=sum(dropped.get(writer.writer_id, {}).values()),
+            drops=[DropCount(reason=r, count=c) for r, c in sorted(dropped.get(writer.writer_id, {}).items())],
         )
         if writer.step is not None:
             rank.step = writer.step
@@ -82,7 +88,15 @@ def reply_from_run(run: Run) -> StatusReply:
         world_size=attempts[-1].world_size if attempts else 0,
         ranks=ranks,
         sinks=[
-            SinkStatus(name=s.name, state=s.state, cursor=s.cursor, lag=s.lag, detail=s.detail)
+            SinkStatus(
+                name=s.name,
+                state=s.state,
+                cursor=s.cursor,
+                lag=s.lag,
+                detail=s.detail,
+                num_delivered=s.num_delivered or 0,
+                num_dead=s.num_dead,
+            )
             for s in run.sink_states()
         ],
         num_points=run.num_points,
@@ -212,7 +226,10 @@ def _heading(reply: StatusReply) -> RenderableType:
     facts.append(f"{count(reply.num_points)} points")
     if reply.num_values:
         facts.append(f"{count(reply.num_values)} values")
-    return Group(line, words("  ".join(facts), "dim"))
+    parts: list[RenderableType] = [line, words("  ".join(facts), "dim")]
+    if reply.hang:
+        parts.append(words(f"hangs: {reply.hang} (ddplog stacks {reply.run_id})", "bold red", limit=400))
+    return Group(*parts)
 
 
 def _ranks(reply: StatusReply) -> RenderableType:
@@ -232,7 +249,7 @@ def _ranks(reply: StatusReply) -> RenderableType:
 
 def _add_rank(table: Table, rank: RankStatus, newest: int) -> None:
     behind = newest - rank.step if rank.HasField("step") else None
-    is_idle = rank.state == "running" and rank.idle_s >= _IDLE_WARN_S
+    is_idle = rank.state in _LIVING and rank.idle_s >= _IDLE_WARN_S
     table.add_row(
         str(rank.rank),
         words(rank.host, limit=40),
@@ -240,16 +257,18 @@ def _add_rank(table: Table, rank: RankStatus, newest: int) -> None:
         count(rank.step) if rank.HasField("step") else "-",
         "-" if behind is None else count(behind),
         f"{rank.steps_per_s:.2f}" if rank.steps_per_s else "-",
-        Text(seconds(rank.idle_s) if rank.state == "running" else "", style="yellow" if is_idle else ""),
+        Text(seconds(rank.idle_s) if rank.state in _LIVING else "", style="yellow" if is_idle else ""),
         size(rank.backlog_bytes),
         Text(count(rank.num_drops), style="yellow" if rank.num_drops else ""),
     )
 
 
 def _extremes(ranks: Sequence[RankStatus]) -> list[RankStatus]:
-    """Choose who is worth a line: died, dropping, slowest, most idle."""
-    troubled = [rank for rank in ranks if rank.state not in ("running", "finished") or rank.num_drops]
-    running = [rank for rank in ranks if rank.state == "running"]
+    """Choose who is worth a line: hung, died, dropping, slowest, most idle."""
+    quiet = ("running", "finished", "idle", "straggler", "waiting", "missing")
+    troubled = [rank for rank in ranks if rank.state not in quiet or rank.num_drops]
+    troubled.sort(key=lambda rank: rank.state != "hung")
+    running = [rank for rank in ranks if rank.state in _LIVING]
     slowest = sorted(running, key=lambda rank: (rank.step if rank.HasField("step") else -1, rank.steps_per_s))
     idle = sorted(running, key=lambda rank: -rank.idle_s)
     chosen = {rank.rank: rank for rank in (*troubled[:NUM_EXTREME], *slowest[:NUM_EXTREME], *idle[: NUM_EXTREME // 2])}
@@ -269,6 +288,22 @@ def _totals(ranks: Sequence[RankStatus], num_shown: int) -> Text:
     return words(f"all {len(ranks)} ranks: {', '.join(facts)}; the {num_shown} slowest and most idle above", "dim")
 
 
+def _drops(reply: StatusReply) -> RenderableType:
+    """Return why values were not taken, by reason: how many, and of which ranks the most."""
+    table = _table("dropped because", ">values", "ranks")
+    by_reason: dict[str, dict[int, int]] = {}
+    for rank in reply.ranks:
+        for drop in rank.drops:
+            by_rank = by_reason.setdefault(drop.reason, {})
+            by_rank[rank.rank] = by_rank.get(rank.rank, 0) + drop.count
+    for reason, by_rank in sorted(by_reason.items()):
+        worst = sorted(by_rank, key=lambda number_: (-by_rank[number_], number_))
+        shown = ", ".join(f"{number_} ({count(by_rank[number_])})" for number_ in worst[:_MAX_WORST])
+        more = f" and {len(worst) - _MAX_WORST} more" if len(worst) > _MAX_WORST else ""
+        table.add_row(words(reason, "yellow"), count(sum(by_rank.values())), shown + more)
+    return table
+
+
 def _values(reply: StatusReply) -> RenderableType:
     table = _table("metric", ">step", ">last")
     found = sorted(reply.last_values, key=lambda value: interest(value.key))
@@ -280,10 +315,15 @@ def _values(reply: StatusReply) -> RenderableType:
 
 
 def _sinks(reply: StatusReply) -> RenderableType:
-    table = _table("sink", "state", ">cursor", ">lag", "detail")
+    table = _table("sink", "state", ">delivered", ">refused", ">lag", "detail")
     for sink in reply.sinks:
         table.add_row(
-            words(sink.name), status_words(sink.state), count(sink.cursor), count(sink.lag), words(sink.detail)
+            words(sink.name),
+            status_words(sink.state),
+            count(sink.num_delivered),
+            Text(count(sink.num_dead), style="yellow" if sink.num_dead else ""),
+            count(sink.lag),
+            words(sink.detail),
         )
     return table
 
