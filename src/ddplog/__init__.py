@@ -80,7 +80,11 @@ def __dir__() -> list[str]:
 
 def _run() -> Run:
     if current.run is None:
-        raise UsageError("call ddplog.init() first")
+        if not current.is_worker():
+            raise UsageError("call ddplog.init() first")
+        from ddplog.worker.absent import AbsentRun  # a started worker has no run where a forked one has a closed one
+
+        current.run = AbsentRun()
     return current.run
 
 

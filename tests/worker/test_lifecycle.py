@@ -11,7 +11,7 @@ from ddplog.core.records import KIND_MESSAGE, decode, scan_payload
 from ddplog.errors import ConfigError, UsageError
 from ddplog.journal.reader import JournalReader
 from ddplog.worker import current
-from ddplog.worker.run import NullRun
+from ddplog.worker.absent import NullRun
 
 
 @pytest.fixture

@@ -1,4 +1,15 @@
-"""Owns init() and what surrounds a run in a process: the current run, exit, exceptions, fork."""
+"""Owns init() and what surrounds a run in a process: the current run, exit, exceptions, fork.
+
+What a process says at its end, in its last record; nothing of it is needed for what was logged:
+
+    finish(status), `with run`       that status; `failed` and the exception if one leaves the block
+    end of the script, sys.exit(n)   finished: the code is not known inside; `ddplog run` learns it
+    unhandled exception              failed, and the exception's line; in another thread than the main one: nothing
+    Ctrl-C, not handled              killed: KeyboardInterrupt; a second one ends the wait for the store
+    SIGTERM, SIGKILL, os.abort(), os._exit()     nothing: no handler of ours is installed, the user's own stay
+
+A child process (fork, spawn, forkserver; a DataLoader worker) says nothing, and its calls are ignored with a warning.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +18,7 @@ import os
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +32,9 @@ from ddplog.journal.election import ensure_agent
 from ddplog.journal.writer import JournalWriter
 from ddplog.worker import current
 from ddplog.worker import identity as identity_of
-from ddplog.worker.run import NullRun, Run, describe
+from ddplog.worker.absent import AbsentRun, NullRun
+from ddplog.worker.run import Run, describe, finish_all
 
-_runs: list[Run] = []
 _ordinal = 0
 _has_hooks = False
 
@@ -68,6 +80,8 @@ def init(
         "resume": resume,
         **settings,
     }
+    if current.is_main_imported_again():
+        return _stay_absent(run_id)
     killpoints.arm(os.environ)
     resolved = settings_of.resolve(arguments)
     if resolved.mode == "off":
@@ -77,6 +91,7 @@ def init(
     who = identity_of.detect(os.environ)
     folder, job = _declare(resolved, who, config or {})
     _ordinal += 1
+    _leave_run(folder)
     incarnation = secrets.token_bytes(16)
     try:
         journal = JournalWriter(
@@ -102,9 +117,28 @@ def init(
     if config:
         run.log_params(config)
     _install_hooks()
-    _runs.append(run)
+    current.runs[:] = [known for known in current.runs if known._journal.is_open] + [run]  # noqa: SLF001
     current.run = run
     return run
+
+
+def _stay_absent(run_id: str | None) -> Run:
+    warnings.warn(
+        "ddplog: init() is ignored where a worker process imports the main module again: "
+        'put it below `if __name__ == "__main__":`',
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    current.run = AbsentRun(run_id or "absent")
+    return current.run
+
+
+def _leave_run(folder: Path) -> None:
+    """Finish this process's earlier handle on the same run (a notebook cell that ran twice): a rank is held once."""
+    for run in current.runs:
+        journal = run._journal  # noqa: SLF001 - the same package
+        if journal.is_open and journal.folder.parent == folder:
+            run.finish()
 
 
 def _declare(
@@ -202,15 +236,14 @@ _failures: list[str] = []
 
 
 def _at_exit() -> None:
-    for run in _runs:
-        if not _failures:
-            run.finish()
-        elif _failures[0]:
-            run.finish("failed", _failures[0])
-        else:
-            run.finish("killed", "KeyboardInterrupt")
+    if not _failures:
+        finish_all(current.runs, "finished", "")
+    elif _failures[0]:
+        finish_all(current.runs, "failed", _failures[0])
+    else:
+        finish_all(current.runs, "killed", "KeyboardInterrupt")
 
 
 def _after_fork() -> None:
-    for run in _runs:
+    for run in current.runs:
         run._journal.abandon()  # noqa: SLF001 - the same package

@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -329,9 +329,15 @@ class Run:
         )
 
     def flush(self) -> None:
-        """Make everything logged so far durable on this node's disk. Blocks for one msync."""
+        """Make everything logged so far durable on this node's disk. Blocks for one fdatasync, usually.
+
+        If the disk refuses, a warning says so: the records stay in memory, and the node's agent goes on trying.
+        """
         if os.getpid() == self._pid:
-            self._journal.flush()
+            try:
+                self._journal.flush()
+            except OSError as exc:
+                self._warn("flush", f"flush() failed, what was logged is not on this node's disk yet: {exc}")
 
     def finish(self, status: str = "finished", detail: str = "") -> None:
         """Say that this rank is done; waits, at most exit_wait_s, until the aggregator has stored everything.
@@ -347,23 +353,32 @@ class Run:
         """
         if status not in _STATUSES:
             raise UsageError(f"status={status!r}: must be one of {', '.join(_STATUSES)}")
+        if self._end_here(status, detail):
+            self._wait_stored(time.monotonic())
+
+    def _end_here(self, status: str, detail: str) -> bool:
+        """Write the last record, and close the journal. False if that was done, is put aside, or is not ours to do."""
         if os.getpid() != self._pid:
-            return
+            return False
         if not self._journal.enter():  # a signal handler during log(): that call finishes, or the exit
             self._put_aside(partial(self.finish, status, detail))
-            return
+            return False
         self._journal.leave()
         self._drain()
         if self._is_finished:
-            return
+            return False
         self._is_finished = True
-        self._message({"type": "finish", "status": status, "detail": detail[:2000]}, is_last=True)
+        try:
+            self._message({"type": "finish", "status": status, "detail": detail[:2000]}, is_last=True)
+        except BaseException:  # Ctrl-C just here: the exit says it again
+            self._is_finished = False
+            raise
         self._journal.close(finished=True)
-        self._wait_stored()
+        return True
 
-    def _wait_stored(self) -> None:
+    def _wait_stored(self, since_s: float) -> None:
         """Wait until the agent says that the store holds the last seq: a cgroup may kill the helpers with us."""
-        deadline = time.monotonic() + self._exit_wait_s
+        deadline = since_s + self._exit_wait_s
         while self._journal.acked_seq < self._journal.next_seq and time.monotonic() < deadline:
             time.sleep(0.002)
             self._journal.look_after_agent()
@@ -391,53 +406,33 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if kind is None:
+        if kind is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
             self.finish()
+        elif isinstance(error, SystemExit):
+            self.finish("failed", f"exit code {error.code}" if isinstance(error.code, int) else str(error.code))
+        elif issubclass(kind, KeyboardInterrupt):
+            self.finish("killed", "KeyboardInterrupt")
         else:
             self.finish("failed", describe(kind, error))
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Run belongs to its process; call ddplog.init() in the other one")
+        from ddplog.worker.absent import arrive
+
+        return arrive, (self._journal.incarnation, self.run_id, self.dir, self.rank, self.world_size)
 
     def __repr__(self) -> str:
         return f"<ddplog.Run {self.run_id} rank={self.rank}/{self.world_size} {self._journal!r}>"
 
 
-class NullRun(Run):
-    """A run that takes nothing: mode=off."""
-
-    def __init__(self) -> None:
-        pass
-
-    run_id = "off"
-    dir = ""
-    rank = 0
-    world_size = 1
-    drops: Mapping[str, int] = {}
-
-    def log(self, data: Mapping[str, Any], step: int | None = None, weight: float = 1.0) -> None:
-        """Do nothing."""
-
-    def set_step(self, step: int) -> None:
-        """Do nothing."""
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def finish(self, status: str = "finished", detail: str = "") -> None:
-        """Do nothing."""
-
-    def _message(self, message: Mapping[str, Any], step: int = NO_STEP, *, is_last: bool = False) -> None:
-        pass
-
-    def log_text(self, key: str, text: str, step: int | None = None) -> None:
-        """Do nothing."""
-
-    def alert(self, title: str, text: str = "", level: str = "warning") -> None:
-        """Do nothing."""
-
-    def __repr__(self) -> str:
-        return "<ddplog.Run off>"
+def finish_all(runs: Iterable[Run], status: str, detail: str) -> None:
+    """Finish what this process has open, and wait for the store of all of them at once; Ctrl-C ends the wait."""
+    since_s = time.monotonic()
+    try:
+        for run in [run for run in runs if run._end_here(status, detail)]:  # noqa: SLF001 - the same module
+            run._wait_stored(since_s)  # noqa: SLF001
+    except KeyboardInterrupt:
+        for run in runs:
+            run._end_here(status, detail)  # noqa: SLF001
 
 
 def _depth_of_caller() -> int:
