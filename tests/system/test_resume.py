@@ -75,6 +75,41 @@ def test_sync_completes_a_run_of_which_everything_was_killed(job, python_script)
     assert len(job.jsonl()) == 20_000
 
 
+def kill_everything(job, process):
+    assert process.stdout.readline() == "logged\n"
+    wait_until(job.aggregator_pid)
+    for pid in (job.agent_pid(), job.aggregator_pid(), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_the_next_launch_of_a_run_of_which_everything_was_killed_completes_it(job, python_script):
+    """Its own agent ships what the killed job left: a run has one aggregator."""
+    kill_everything(job, job.start(*python_script(ENDLESS)))
+
+    job.run(*python_script(ONCE))
+
+    with job.open() as run:
+        assert run.status == "finished"
+        assert run.metric("a", attempt=0).value.tolist() == [float(step) for step in range(20_000)]
+        assert run.metric("a", attempt=1).step.tolist() == list(range(5))
+        assert [writer.state for writer in run.writers()] == ["died", "finished"]
+    wait_until(lambda: len(job.jsonl()) == 20_005)
+    wait_until(lambda: all((folder / "done").exists() for folder in job.folders()))
+
+
+def test_the_next_start_of_any_run_completes_one_of_which_everything_was_killed(job, python_script):
+    """On the same node, without a word from anybody."""
+    kill_everything(job, job.start(*python_script(ENDLESS)))
+
+    job.run(*python_script(ONCE.replace('"r1"', '"r2"')))
+
+    with job.open() as run:
+        assert (run.status, run.detail) == ("failed", "rank 0: died, code unknown")
+        assert run.metric("a").value.tolist() == [float(step) for step in range(20_000)]
+    wait_until(lambda: len(job.jsonl()) == 20_000)
+
+
 def test_an_agent_that_is_killed_after_its_ranks_is_started_again(job, python_script):
     """Nobody is left who logs, and would start it; the aggregator does, and the run comes to its end by itself."""
     process = job.start(*python_script(ENDLESS))

@@ -17,11 +17,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from ddplog import killpoints
+from ddplog.agent.orphans import take_up
 from ddplog.agent.shipper import Shipper
 from ddplog.bootstrap import command
 from ddplog.errors import RemoteProtocolError
@@ -49,12 +51,12 @@ _GIVE_UP_NS: Final = 600_000_000_000
 class Agent:
     """The process's state."""
 
-    def __init__(self, folder: Path, job: JobInfo) -> None:
+    def __init__(self, folder: Path, job: JobInfo, adopted: Sequence[Path]) -> None:
         self.folder = folder
         self.job = job
         self.secret = load_secret(folder / "secret")
         self.node_id = str(job.node_rank)
-        self.shipper = Shipper(folder, job.run_id, self.node_id, int(job.settings["spool_bytes"]) // 2)
+        self.shipper = Shipper(folder, job.run_id, self.node_id, int(job.settings["spool_bytes"]) // 2, adopted)
         self.dealer: DealerEndpoint | None = None
         self.endpoint = ""
         self.num_joins = 0
@@ -234,7 +236,8 @@ def main() -> None:
         return
     os.truncate(folder / "spawn.lock", 0)  # should this agent die, the next one need not wait
     _clean_up(folder.parent)
-    agent = Agent(folder, read_job(folder))
+    job = read_job(folder)
+    agent = Agent(folder, job, take_up(folder.parent, folder, job))
     _logger.info("agent of run %s", agent.job.run_id)
     try:
         agent.run()
@@ -242,7 +245,8 @@ def main() -> None:
         _logger.exception("the agent failed; the next log() starts another one")
         raise
     if agent.shipper.is_idle:
-        (folder / DONE).touch()
+        for path in (folder, *agent.shipper.adopted):
+            (path / DONE).touch()
     _logger.info("done: %r", agent.shipper)
 
 

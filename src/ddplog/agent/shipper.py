@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -38,6 +38,8 @@ class Tracked:
     """A journal and what is known of its delivery."""
 
     reader: JournalReader
+    is_adopted: bool = False
+    """A killed job of the same run left it."""
     is_alive: bool = True
     died_ns: int = 0
     """When its death was seen."""
@@ -75,10 +77,12 @@ class Shipper:
         run_id: Of the run.
         node_id: Of this node.
         keep_bytes: Acknowledged segments kept per rank, so that a lost store can be refilled.
+        adopted: Folders that killed jobs of the same run left behind; see orphans.
     """
 
-    def __init__(self, folder: Path, run_id: str, node_id: str, keep_bytes: int) -> None:
+    def __init__(self, folder: Path, run_id: str, node_id: str, keep_bytes: int, adopted: Sequence[Path] = ()) -> None:
         self.folder = folder
+        self.adopted = tuple(adopted)
         self.run_id = run_id
         self.node_id = node_id
         self.keep_bytes = keep_bytes
@@ -97,23 +101,25 @@ class Shipper:
 
     def discover(self) -> None:
         """Look for new journals."""
-        for path in self.folder.iterdir():
-            if path.name in self._known or "." not in path.name or not (path / "head").exists():
-                continue
-            if not (path / "alive").exists():
-                continue
-            self._known.add(path.name)
-            try:
-                reader = JournalReader(path)
-            except (OSError, ValueError, RemoteProtocolError) as exc:
-                _logger.error("cannot read the journal %s: %s", path, exc)
-                continue
-            self.tracked[reader.incarnation] = Tracked(reader=reader, acked_seq=reader.acked_seq)
-            self._is_hello_due = True
+        for folder in (self.folder, *self.adopted):
+            for path in folder.iterdir():
+                if str(path) not in self._known and _is_journal(path):
+                    self._known.add(str(path))
+                    self._track(path, is_adopted=folder is not self.folder)
+
+    def _track(self, path: Path, *, is_adopted: bool) -> None:
+        try:
+            reader = JournalReader(path)
+        except (OSError, ValueError, RemoteProtocolError) as exc:
+            _logger.error("cannot read the journal %s: %s", path, exc)
+            return
+        self.tracked[reader.incarnation] = Tracked(reader=reader, acked_seq=reader.acked_seq, is_adopted=is_adopted)
+        self._is_hello_due = True
 
     @property
     def has_rank_zero(self) -> bool:
-        return any(tracked.reader.identity["rank"] == 0 for tracked in self.tracked.values())
+        """Of this job: the aggregator is this agent's to start."""
+        return any(t.reader.identity["rank"] == 0 for t in self.tracked.values() if not t.is_adopted)
 
     @property
     def is_idle(self) -> bool:
@@ -332,3 +338,7 @@ def _writer(tracked: Tracked) -> pb.Writer:
         is_alive=tracked.is_alive,
         oldest_seq=tracked.reader.oldest_seq,
     )
+
+
+def _is_journal(path: Path) -> bool:
+    return "." in path.name and (path / "head").exists()
