@@ -646,13 +646,14 @@ class Pipeline:
 
     def _end_hang(self, attempt: _Attempt, hang: Hang, time_unix_ns: int) -> None:
         attempt.hang = None
-        again = [attempt.holders[rank] for rank in hang.ranks if attempt.holders[rank].state == "running"]
+        writers = [attempt.holders[rank] for rank in hang.ranks]
+        has_moved = any(writer.step > old for writer, old in zip(writers, hang.steps, strict=True))
+        ended = [f"rank {w.info.rank}: {w.state}" for w in writers if w.state != "running"]
         rank = hang.ranks[0] if len(hang.ranks) == 1 else None
         for_s = max(0, time_unix_ns - attempt.hung_unix_ns) / 1e9
-        ended = [f"rank {r}: {attempt.holders[r].state}" for r in hang.ranks if attempt.holders[r].state != "running"]
-        what = f"it moves again after {for_s:.1f} s" if again else f"over after {for_s:.1f} s"
+        what = f"it moved again after {for_s:.1f} s" if has_moved or not ended else f"over after {for_s:.1f} s"
         message = "; ".join([what, *ended[:_MAX_ENDED_NAMED]])
-        step = min((writer.step for writer in again), default=hang.step)
+        step = min(writer.step for writer in writers)
         self._effects.events.append(
             EventRow(attempt.number, rank, step, "hang_over", "info", message, "{}", time_unix_ns)
         )
