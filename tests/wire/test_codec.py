@@ -16,6 +16,7 @@ from ddplog.wire.codec import (
     MAX_DROPS,
     MAX_MESSAGE_BYTES,
     MAX_PAYLOAD_BYTES,
+    MAX_STACK,
     MAX_WRITERS,
     PROTOCOL_VERSION,
     decode,
@@ -25,6 +26,8 @@ from ddplog.wire.codec import (
     encode_heartbeat,
     encode_hello,
     encode_reject,
+    encode_stack,
+    encode_stack_request,
     encode_welcome,
     make_progress,
 )
@@ -128,6 +131,16 @@ def test_a_reject_comes_back_with_a_message_that_can_be_shown(reason, incarnatio
     assert len(message.message) == min(len(text), 1024)
 
 
+def test_stacks_are_asked_for_and_come_back():
+    asked = decode(encode_stack_request([INCARNATION, INCARNATION[::-1]]))
+    assert isinstance(asked, pb.StackRequest)
+    assert list(asked.incarnations) == [INCARNATION, INCARNATION[::-1]]
+    message = decode(encode_stack(INCARNATION, "Thread 1:\n  File\n", "no\x1b" + "x" * 2000))
+    assert isinstance(message, pb.Stack)
+    assert (message.incarnation, message.text) == (INCARNATION, "Thread 1:\n  File\n")
+    assert message.trouble == "no?" + "x" * 1021
+
+
 def test_the_largest_of_each_comes_back():
     many = [(INCARNATION, TOO_BIG - 1, (1 << 32) - 1)] * MAX_WRITERS
     full = "w" * 255
@@ -137,6 +150,8 @@ def test_the_largest_of_each_comes_back():
     drops = {f"reason {i}": TOO_BIG - 1 for i in range(MAX_DROPS // MAX_WRITERS)}
     entry = make_progress(INCARNATION, -1, TOO_BIG - 1, drops, TOO_BIG - 1)
     decode(encode_heartbeat(full, [entry] * MAX_WRITERS))
+    decode(encode_stack_request([INCARNATION] * MAX_WRITERS))
+    decode(encode_stack(INCARNATION, "é" * MAX_STACK, full))
     decode(encode_batch(INCARNATION, 0, MAX_PAYLOAD_BYTES // PREFIX_BYTES, bytes(MAX_PAYLOAD_BYTES), 1))
 
 
@@ -186,6 +201,12 @@ REFUSED = {
     "reject, seq": raw(reject=pb.Reject(next_seq=TOO_BIG)),
     "reject, message": raw(reject=pb.Reject(message="x" * 1025)),
     "reject, invisible message": raw(reject=pb.Reject(message="\r")),
+    "stack request, incarnation": raw(stack_request=pb.StackRequest(incarnations=[b"1"])),
+    "stack request, too many": raw(stack_request=pb.StackRequest(incarnations=[INCARNATION] * 4097)),
+    "stack, incarnation": raw(stack=pb.Stack()),
+    "stack, too long": raw(stack=pb.Stack(incarnation=INCARNATION, text="x" * (MAX_STACK + 1))),
+    "stack, escape": raw(stack=pb.Stack(incarnation=INCARNATION, text="\n\x1b[2J")),
+    "stack, trouble": raw(stack=pb.Stack(incarnation=INCARNATION, trouble="\n")),
 }
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ddplog.agent.stacks import Stacks
 from ddplog.errors import RemoteProtocolError
-from ddplog.journal.reader import JournalReader
+from ddplog.journal.reader import Hole, JournalReader
 from ddplog.killpoints import reach
 from ddplog.v1 import data_pb2 as pb
 from ddplog.wire import codec
@@ -55,7 +56,8 @@ class Tracked:
     """Its length, once it is dead and read to the end."""
     is_done: bool = False
     """Dead, and all of it acknowledged."""
-    synced_seq: int = 0
+    trimmed: tuple[int, bool] = (0, False)
+    """(acked_seq, whether there was no room) when it was trimmed last."""
     shown: tuple[int | None, int] = (None, 0)
     """(ambient step, seq that had been read to the end after the step was read)."""
 
@@ -87,6 +89,7 @@ class Shipper:
         self.node_id = node_id
         self.keep_bytes = keep_bytes
         self.tracked: dict[bytes, Tracked] = {}
+        self.stacks = Stacks()
         self._known: set[str] = set()
         self._is_hello_due = False
         self._hello_ns = 0
@@ -170,6 +173,13 @@ class Shipper:
                 self.joined()
             elif message.reason == pb.Reject.OUT_OF_ORDER:
                 self._go_back(message.incarnation, message.next_seq, now_ns)
+        elif isinstance(message, pb.StackRequest):
+            self._ask_for_stacks(message, now_ns)
+
+    def _ask_for_stacks(self, request: pb.StackRequest, now_ns: int) -> None:
+        for incarnation in request.incarnations:
+            tracked = self.tracked.get(incarnation)
+            self.stacks.ask(incarnation, tracked.reader.folder if tracked is not None else None, now_ns)
 
     def _go_back(self, incarnation: bytes, next_seq: int, now_ns: int) -> None:
         """Send again from `next_seq`; what is below it has been taken, and is not durable yet: no acknowledgement."""
@@ -227,6 +237,8 @@ class Shipper:
             self._hello_ns = now_ns
             yield codec.encode_hello(self.run_id, self.node_id, [_writer(t) for t in self.tracked.values()])
         yield from self._batches(now_ns)
+        for incarnation, text, trouble in self.stacks.answers(now_ns):
+            yield codec.encode_stack(incarnation, text, trouble)
 
     def _is_unanswered(self, now_ns: int) -> bool:
         """Whether a Hello, or its Welcome, was lost with a full queue: nothing else would ever ask for it again."""
@@ -251,7 +263,14 @@ class Shipper:
             chunk = tracked.reader.read(BATCH_BYTES)
             if chunk is None:
                 tracked.shown = (step, tracked.reader.next_seq)
-            if chunk is not None:
+            if isinstance(chunk, Hole):
+                data = codec.encode_loss(tracked.incarnation, chunk.first_seq, chunk.next_seq)
+                tracked.in_flight += len(data)
+                tracked.unacked.append((chunk.next_seq, len(data)))
+                tracked.sent_ns = now_ns
+                self.has_more = True
+                yield data
+            elif chunk is not None:
                 tracked.in_flight += len(chunk.payload)
                 tracked.unacked.append((tracked.reader.next_seq, len(chunk.payload)))
                 self.has_more |= len(chunk.payload) >= BATCH_BYTES
@@ -307,11 +326,18 @@ class Shipper:
             return
         self._sync_ns = now_ns
         for tracked in self.tracked.values():
-            if tracked.synced_seq != tracked.reader.next_seq:
-                tracked.synced_seq = tracked.reader.next_seq
-                tracked.reader.sync()
-                is_full = not _FULL.isdisjoint(tracked.reader.drops)
-                tracked.reader.trim(tracked.acked_seq, 0 if is_full else self.keep_bytes)
+            tracked.reader.sync()
+            due = tracked.acked_seq, not _FULL.isdisjoint(tracked.reader.drops)
+            if tracked.trimmed != due:
+                tracked.trimmed = due
+                self._trim(tracked, keep_bytes=0 if due[1] else self.keep_bytes)
+
+    @staticmethod
+    def _trim(tracked: Tracked, keep_bytes: int) -> None:
+        try:
+            tracked.reader.trim(tracked.acked_seq, keep_bytes)
+        except OSError as exc:
+            _logger.error("cannot delete what is stored of %s: %s", tracked.reader.folder, exc)
 
     def close(self) -> None:
         """Close every journal."""

@@ -24,6 +24,7 @@ from ddplog import killpoints
 from ddplog.aggregator.control import ControlServer
 from ddplog.aggregator.forwarders import Forwarders
 from ddplog.aggregator.snapshot import Snapshots
+from ddplog.aggregator.stacks import StackDesk, requests
 from ddplog.core.awake import AwakeTime
 from ddplog.core.dedup import Duplicate, Gap
 from ddplog.core.effects import Effects, Writer, WriterInfo
@@ -71,6 +72,7 @@ class Aggregator:
             late_ns=int(settings["late_s"] * 1e9),
             settle_ns=int(settings["settle_s"] * 1e9),
             max_keys=int(settings["max_keys"]),
+            hang_ns=int(settings.get("hang_s", 0) * 1e9),
         )
         self.pipeline = Pipeline(options, self.store.restore(), now)
         self._positions: deque[tuple[int, Position]] = deque()
@@ -86,7 +88,10 @@ class Aggregator:
         self.snapshots = Snapshots(job, self.pipeline, self.store)
         self.words: queue.Queue[tuple[FinishRequest, Future[FinishReply]]] = queue.Queue()
         self._heard: list[Future[FinishReply]] = []
-        self.control = ControlServer(folder / "c.sock", self.snapshots.current, self._finish)
+        self.stacks = StackDesk()
+        self.control = ControlServer(
+            folder / "c.sock", self.snapshots.current, self._finish, stacks=self.stacks.collect
+        )
         self.forwarders = Forwarders(job.run_dir, job.sinks)
         self.nodes: dict[str, bytes] = {}
         self._due_welcome: dict[bytes, list[Writer]] = {}
@@ -165,9 +170,10 @@ class Aggregator:
         return now - self._committed_ns >= _COMMIT_NS
 
     def _handle(self, routing_id: bytes, node_id: str, data: bytes, now: int, wall: int) -> None:
+        self.nodes[node_id] = routing_id
         try:
             message = codec.decode(data)
-            if isinstance(message, pb.Batch):
+            if isinstance(message, (pb.Batch, pb.Loss)):
                 self._batch(routing_id, node_id, message, now, wall)
             elif isinstance(message, pb.Hello):
                 self._hello(routing_id, node_id, message, now, wall)
@@ -176,6 +182,9 @@ class Aggregator:
             elif isinstance(message, pb.Bye):
                 # A time of its own: the run's status names the rank whose end is the first.
                 self.pipeline.bye(message.incarnation, message.next_seq, now, time.time_ns())
+            elif isinstance(message, pb.Stack) and self._is_owner(message.incarnation, node_id):
+                self.pipeline.stack(message.incarnation, message.text, message.trouble, wall)
+                self.stacks.answered(message.incarnation, message.text, message.trouble, self.pipeline, now)
         except (RemoteProtocolError, ValueError) as exc:
             _logger.warning("dropped a message of node %s: %s", node_id, exc)
 
@@ -183,6 +192,12 @@ class Aggregator:
         if hello.run_id != self.job.run_id or hello.node_id != node_id:
             text = f"this is run {self.job.run_id}, and you are node {node_id}"
             self._reject(routing_id, pb.Reject.WRONG_RUN, b"", 0, text)
+            return
+        try:
+            codec.check_version(hello)
+        except RemoteProtocolError as exc:
+            _logger.error("cannot talk to node %s: it has %s", node_id, exc)
+            self._reject(routing_id, pb.Reject.VERSION, b"", 0, f"you have {exc}")
             return
         infos = [_info(writer, node_id) for writer in hello.writers]
         strangers = [info for info in infos if not self._is_owner(info.incarnation, node_id)]
@@ -199,13 +214,17 @@ class Aggregator:
         writer = self.pipeline.writers.get(incarnation)
         return writer is None or writer.info.node_id == node_id
 
-    def _batch(self, routing_id: bytes, node_id: str, batch: pb.Batch, now: int, wall: int) -> None:
+    def _batch(self, routing_id: bytes, node_id: str, batch: pb.Batch | pb.Loss, now: int, wall: int) -> None:
         incarnation = batch.incarnation
         if not self._is_owner(incarnation, node_id):
             self._reject(routing_id, pb.Reject.NOT_YOURS, incarnation, 0, "another node's writer")
             return
-        payload = batch.payload
-        outcome = self.pipeline.batch(incarnation, batch.first_seq, batch.num_records, payload, now, wall)
+        payload = b""
+        if isinstance(batch, pb.Batch):
+            payload = batch.payload
+            outcome = self.pipeline.batch(incarnation, batch.first_seq, batch.num_records, payload, now, wall)
+        else:
+            outcome = self.pipeline.loss(incarnation, batch.first_seq, batch.next_seq, now, wall)
         if outcome is None:
             self._reject(routing_id, pb.Reject.UNKNOWN_WRITER, incarnation, 0, "say Hello first")
         elif isinstance(outcome, Gap):
@@ -232,6 +251,10 @@ class Aggregator:
     def _reject(self, routing_id: bytes, reason: pb.Reject.Reason, incarnation: bytes, seq: int, text: str) -> None:
         self.router.send(routing_id, codec.encode_reject(reason, incarnation, seq, text))
 
+    def _ask_for_stacks(self, incarnations: list[bytes]) -> None:
+        for routing_id, request in requests(incarnations, self.pipeline.writers, self.nodes):
+            self.router.send(routing_id, request)
+
     # -- durability
 
     def _commit(self, now: int) -> None:
@@ -248,6 +271,7 @@ class Aggregator:
             self._make_durable(effects)
             killpoints.reach("aggregator.after_commit")
             self.snapshots.note(effects)
+            self._ask_for_stacks(effects.stacks)
         self._committed_ns = self._now_ns()
         self._pending_bytes = 0
         self._answer()
@@ -321,6 +345,7 @@ class Aggregator:
                 )
             self.pipeline.finish(request.status, request.detail, self._now_ns())
             self._heard.append(answer)
+        self._ask_for_stacks(self.stacks.hear(self.pipeline, self._now_ns()))
 
     def _stop(self, signum: int, frame: object) -> None:  # noqa: ARG002 - a signal handler's signature
         self._is_stopping = True

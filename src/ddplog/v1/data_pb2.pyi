@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Envelope(_message.Message):
-    __slots__ = ("hello", "welcome", "batch", "ack", "heartbeat", "bye", "reject")
+    __slots__ = ("hello", "welcome", "batch", "ack", "heartbeat", "bye", "reject", "stack_request", "stack", "loss")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,9 @@ class Envelope(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     BYE_FIELD_NUMBER: _ClassVar[int]
     REJECT_FIELD_NUMBER: _ClassVar[int]
+    STACK_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    STACK_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     welcome: Welcome
     batch: Batch
@@ -22,19 +25,24 @@ class Envelope(_message.Message):
     heartbeat: Heartbeat
     bye: Bye
     reject: Reject
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ...) -> None: ...
+    stack_request: StackRequest
+    stack: Stack
+    loss: Loss
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., stack_request: _Optional[_Union[StackRequest, _Mapping]] = ..., stack: _Optional[_Union[Stack, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "run_id", "node_id", "writers")
+    __slots__ = ("protocol_version", "run_id", "node_id", "writers", "oldest_version")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     WRITERS_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     run_id: str
     node_id: str
     writers: _containers.RepeatedCompositeFieldContainer[Writer]
-    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., node_id: _Optional[str] = ..., writers: _Optional[_Iterable[_Union[Writer, _Mapping]]] = ...) -> None: ...
+    oldest_version: int
+    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., node_id: _Optional[str] = ..., writers: _Optional[_Iterable[_Union[Writer, _Mapping]]] = ..., oldest_version: _Optional[int] = ...) -> None: ...
 
 class Writer(_message.Message):
     __slots__ = ("incarnation", "rank", "world_size", "local_rank", "node_rank", "pid", "host", "boot_id", "started_unix_ns", "is_alive", "oldest_seq")
@@ -136,6 +144,16 @@ class Drop(_message.Message):
     count: int
     def __init__(self, reason: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
+class Loss(_message.Message):
+    __slots__ = ("incarnation", "first_seq", "next_seq")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SEQ_FIELD_NUMBER: _ClassVar[int]
+    NEXT_SEQ_FIELD_NUMBER: _ClassVar[int]
+    incarnation: bytes
+    first_seq: int
+    next_seq: int
+    def __init__(self, incarnation: _Optional[bytes] = ..., first_seq: _Optional[int] = ..., next_seq: _Optional[int] = ...) -> None: ...
+
 class Bye(_message.Message):
     __slots__ = ("incarnation", "next_seq", "finished")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -173,3 +191,19 @@ class Reject(_message.Message):
     next_seq: int
     message: str
     def __init__(self, reason: _Optional[_Union[Reject.Reason, str]] = ..., incarnation: _Optional[bytes] = ..., next_seq: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class StackRequest(_message.Message):
+    __slots__ = ("incarnations",)
+    INCARNATIONS_FIELD_NUMBER: _ClassVar[int]
+    incarnations: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, incarnations: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class Stack(_message.Message):
+    __slots__ = ("incarnation", "text", "trouble")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    incarnation: bytes
+    text: str
+    trouble: str
+    def __init__(self, incarnation: _Optional[bytes] = ..., text: _Optional[str] = ..., trouble: _Optional[str] = ...) -> None: ...

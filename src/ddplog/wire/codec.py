@@ -18,6 +18,7 @@ from zlib import crc32
 from google.protobuf.message import DecodeError
 
 from ddplog.core.records import PREFIX_BYTES
+from ddplog.core.stacks import MAX_TEXT as MAX_STACK
 from ddplog.errors import LocalProtocolError, RemoteProtocolError
 from ddplog.v1.data_pb2 import (
     Ack,
@@ -27,14 +28,19 @@ from ddplog.v1.data_pb2 import (
     Envelope,
     Heartbeat,
     Hello,
+    Loss,
     Progress,
     Reject,
+    Stack,
+    StackRequest,
     Welcome,
     Writer,
     WriterCursor,
 )
 
 PROTOCOL_VERSION: Final = 1
+OLDEST_VERSION: Final = 1
+"""This ddplog speaks OLDEST_VERSION to PROTOCOL_VERSION. 1 is the first that was released."""
 MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024
 MAX_PAYLOAD_BYTES: Final = 4 * 1024 * 1024
 MAX_WRITERS: Final = 4096
@@ -54,7 +60,7 @@ cannot grow beyond 1 MiB. Nearly every Ack and Heartbeat is smaller, and countin
 _MAX_FIELDS: Final = 128 * 1024
 """Of one message in all, which bounds the count itself (65 ms). The largest Heartbeat has 4096 * 6 + 16384 * 3."""
 
-Message: TypeAlias = Hello | Welcome | Batch | Ack | Heartbeat | Bye | Reject
+Message: TypeAlias = Hello | Welcome | Batch | Ack | Heartbeat | Bye | Reject | StackRequest | Stack | Loss
 Cursor: TypeAlias = tuple[bytes, int, int]
 """(incarnation, next_seq, attempt)."""
 
@@ -69,12 +75,21 @@ _NESTED: Final[_Nested] = {
     5: (1, {2: (MAX_WRITERS, {4: (MAX_DROPS, {})})}),
     6: (1, {}),
     7: (1, {}),
+    8: (1, {}),
+    9: (1, {}),
+    10: (1, {}),
 }
 
 
 def encode_hello(run_id: str, node_id: str, writers: Iterable[Writer]) -> bytes:
     """Encode a Hello that declares a node's writers, MAX_WRITERS at most."""
-    hello = Hello(protocol_version=PROTOCOL_VERSION, run_id=run_id, node_id=node_id, writers=writers)
+    hello = Hello(
+        protocol_version=PROTOCOL_VERSION,
+        oldest_version=OLDEST_VERSION,
+        run_id=run_id,
+        node_id=node_id,
+        writers=writers,
+    )
     return _encode("hello", hello)
 
 
@@ -82,6 +97,25 @@ def encode_welcome(store_uuid: bytes, cursors: Iterable[Cursor]) -> bytes:
     """Encode the answer to a Hello: where each writer resumes."""
     welcome = Welcome(protocol_version=PROTOCOL_VERSION, store_uuid=store_uuid, cursors=map(_cursor, cursors))
     return _encode("welcome", welcome)
+
+
+def check_version(message: Hello | Welcome) -> None:
+    """Check that the peer speaks a version of the protocol that this ddplog speaks.
+
+    A Hello is not decoded any the less: it is answered with Reject(VERSION).
+
+    Raises:
+        RemoteProtocolError: If it does not.
+    """
+    newest = message.protocol_version
+    oldest = message.oldest_version or newest if isinstance(message, Hello) else newest
+    if max(oldest, OLDEST_VERSION) > min(newest, PROTOCOL_VERSION):
+        ours, theirs = _span(OLDEST_VERSION, PROTOCOL_VERSION), _span(oldest, newest)
+        raise RemoteProtocolError(f"protocol version {theirs}; this ddplog speaks {ours}")
+
+
+def _span(oldest: int, newest: int) -> str:
+    return str(newest) if oldest == newest else f"{oldest} to {newest}"
 
 
 def encode_batch(
@@ -130,6 +164,11 @@ def encode_bye(incarnation: bytes, next_seq: int, *, finished: bool) -> bytes:
     return _encode("bye", Bye(incarnation=incarnation, next_seq=next_seq, finished=finished))
 
 
+def encode_loss(incarnation: bytes, first_seq: int, next_seq: int) -> bytes:
+    """Encode that seqs first_seq to next_seq - 1 of a writer are lost for good."""
+    return _encode("loss", Loss(incarnation=incarnation, first_seq=first_seq, next_seq=next_seq))
+
+
 def encode_reject(reason: Reject.Reason, incarnation: bytes, next_seq: int, message: str) -> bytes:
     """Encode a refusal.
 
@@ -142,6 +181,23 @@ def encode_reject(reason: Reject.Reason, incarnation: bytes, next_seq: int, mess
     shown = "".join(c if c.isprintable() else "?" for c in message[:_MAX_TEXT])
     reject = Reject(reason=reason, incarnation=incarnation, next_seq=next_seq, message=shown)
     return _encode("reject", reject)
+
+
+def encode_stack_request(incarnations: Iterable[bytes]) -> bytes:
+    """Encode the wish for the stacks of some of a node's ranks."""
+    return _encode("stack_request", StackRequest(incarnations=incarnations))
+
+
+def encode_stack(incarnation: bytes, text: str, trouble: str) -> bytes:
+    """Encode a rank's stacks, or why there are none.
+
+    Args:
+        incarnation: The writer, 16 bytes.
+        text: What core.stacks.cut() has let through.
+        trouble: For people; cut to what the other side takes, and made printable.
+    """
+    shown = "".join(c if c.isprintable() else "?" for c in trouble[:_MAX_TEXT])
+    return _encode("stack", Stack(incarnation=incarnation, text=text, trouble=shown))
 
 
 def make_progress(
@@ -267,6 +323,7 @@ def _check_hello(hello: Hello) -> None:
 
 
 def _check_welcome(welcome: Welcome) -> None:
+    check_version(welcome)
     if len(welcome.store_uuid) != STORE_UUID_BYTES:
         raise RemoteProtocolError(f"a store uuid of {len(welcome.store_uuid)} bytes")
     _check_cursors(welcome.cursors)
@@ -310,11 +367,31 @@ def _check_bye(bye: Bye) -> None:
     _check_integer("next_seq", bye.next_seq)
 
 
+def _check_loss(loss: Loss) -> None:
+    _check_incarnation(loss.incarnation)
+    _check_integer("next_seq", loss.next_seq)
+    if loss.first_seq >= loss.next_seq:
+        raise RemoteProtocolError(f"a loss of seqs {loss.first_seq} to {loss.next_seq}")
+
+
 def _check_reject(reject: Reject) -> None:
     if reject.incarnation:
         _check_incarnation(reject.incarnation)
     _check_integer("next_seq", reject.next_seq)
     _check_text("message", reject.message, _MAX_TEXT)
+
+
+def _check_stack_request(request: StackRequest) -> None:
+    _check_count("incarnations", len(request.incarnations), MAX_WRITERS)
+    for incarnation in request.incarnations:
+        _check_incarnation(incarnation)
+
+
+def _check_stack(stack: Stack) -> None:
+    _check_incarnation(stack.incarnation)
+    if len(stack.text) > MAX_STACK or not stack.text.replace("\n", "").isprintable():
+        raise RemoteProtocolError(f"a stack of {len(stack.text)} characters, or one that is not printable")
+    _check_text("trouble", stack.trouble, _MAX_TEXT)
 
 
 def _check_cursors(cursors: Sequence[WriterCursor]) -> None:
@@ -352,4 +429,7 @@ _CHECKS: Final[Mapping[str, Callable[[Any], None]]] = {
     "heartbeat": _check_heartbeat,
     "bye": _check_bye,
     "reject": _check_reject,
+    "stack_request": _check_stack_request,
+    "stack": _check_stack,
+    "loss": _check_loss,
 }

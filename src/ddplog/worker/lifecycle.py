@@ -3,7 +3,7 @@
 What a process says at its end, in its last record; nothing of it is needed for what was logged:
 
     finish(status), `with run`       that status; `failed` and the exception if one leaves the block
-    end of the script, sys.exit(n)   finished: the code is not known inside; `ddplog run` learns it
+    end of the script, sys.exit(n)   finished: the code is not known inside; an exit code that ddplog learns outranks it
     unhandled exception              failed, and the exception's line; in another thread than the main one: nothing
     Ctrl-C, not handled              killed: KeyboardInterrupt; a second one ends the wait for the store
     SIGTERM, SIGKILL, os.abort(), os._exit()     nothing: no handler of ours is installed, the user's own stay
@@ -30,7 +30,7 @@ from ddplog.errors import ConfigError
 from ddplog.journal import spool
 from ddplog.journal.election import ensure_agent
 from ddplog.journal.writer import JournalWriter
-from ddplog.worker import current
+from ddplog.worker import current, stacks
 from ddplog.worker import identity as identity_of
 from ddplog.worker.absent import AbsentRun, NullRun
 from ddplog.worker.run import Run, describe, finish_all
@@ -114,6 +114,7 @@ def init(
         exit_wait_s=resolved.exit_wait_s,
         max_keys=resolved.max_keys,
     )
+    stacks.arm(journal.folder, resolved.stack_signal)
     if config:
         run.log_params(config)
     _install_hooks()
@@ -165,7 +166,17 @@ def _declare(
         launcher="ddplog run" if spool.JOB_VARIABLE in os.environ else who.launcher,
         settings={
             field: getattr(resolved, field)
-            for field in ("grace_s", "late_s", "settle_s", "max_keys", "rank_log_bytes", "spool_bytes", "host", "port")
+            for field in (
+                "grace_s",
+                "hang_s",
+                "late_s",
+                "settle_s",
+                "max_keys",
+                "rank_log_bytes",
+                "spool_bytes",
+                "host",
+                "port",
+            )
         },
     )
     return folder, spool.declare_job(folder, info)
