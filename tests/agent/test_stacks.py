@@ -91,10 +91,13 @@ class Rank:
         armed, self.num_threads = self.process.stdout.readline().split()
         self.is_armed = armed == "True"
 
+    def wait_for_state(self, letter):
+        wait_until(lambda: Path(f"/proc/{self.process.pid}/stat").read_text().split(") ")[1][0] == letter)
+
     def wait_until_it_waits(self):
         """Until its main thread sleeps in the kernel, where it will stay."""
         assert self.process.stdout.readline() == "here\n"
-        wait_until(lambda: Path(f"/proc/{self.process.pid}/stat").read_text().split(") ")[1][0] == "S")
+        self.wait_for_state("S")
 
     def says(self):
         ready, _, _ = select.select([self.process.stdout], [], [], 0)
@@ -192,6 +195,7 @@ def test_a_stopped_rank_is_named_as_such_and_its_late_answer_is_not_the_next(sta
     rank = start("asleep")
     rank.wait_until_it_waits()
     os.kill(rank.process.pid, signal.SIGSTOP)
+    rank.wait_for_state("T")
     stacks, now = Stacks(), 0
     stacks.ask(b"i", rank.folder, now)
     assert list(stacks.answers(now)) == []
