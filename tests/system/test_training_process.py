@@ -22,6 +22,8 @@ def look():
     return {
         "tasks": len(os.listdir("/proc/self/task")),
         "sockets": sum(link.startswith("socket:") for link in links),
+        "files": sorted(os.path.basename(link) for link in links if link.startswith(os.environ["DDPLOG_SPOOL"])),
+        "caught": next(int(line.split()[1], 16) for line in open("/proc/self/status") if line.startswith("SigCgt")),
         "modules": sorted(sys.modules),
         "libraries": sorted({line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}),
     }
@@ -47,7 +49,8 @@ FOREIGN = ("zmq", "grpc", "sqlite3", "google", "google.protobuf", "numpy", "torc
 
 
 def test_no_thread_no_socket_and_no_library_of_ours(job):
-    """Threads break fork, sockets block, libraries clash with the user's own: none of it is there."""
+    """Threads break fork, sockets block, libraries clash with the user's own: none of it is there. What is: the journal's
+    files, and the file that a signal makes the interpreter write its stacks into."""
     out, _ = job.run(*job.ranks(1, job.script(INSPECT)))
     seen = json.loads(out)
     for moment, state in seen.items():
@@ -57,6 +60,10 @@ def test_no_thread_no_socket_and_no_library_of_ours(job):
         assert not [m for m in state["modules"] if m.split(".")[0] in FOREIGN or m == "ddplog.v1"], moment
         ours = [path for path in state["libraries"] if any(name in path for name in ("zmq", "grpc", "numpy", "upb"))]
         assert not ours, moment
+        files = {"before": [], "imported": [], "finished": ["000001.seg", "head", "stacks.50"]}
+        assert state["files"] == files.get(moment, ["000001.seg", "alive", "head", "stacks.50"]), moment
+        new_signals = state["caught"] & ~seen["before"]["caught"]
+        assert new_signals == (1 << 49 if state["files"] else 0), "the one of stack_signal, and no other"
     with job.open() as run:
         assert len(run.metric("loss")) == len(run.metric("nested/int")) == 1000
 
