@@ -22,7 +22,7 @@ def look():
     return {
         "tasks": len(os.listdir("/proc/self/task")),
         "sockets": sum(link.startswith("socket:") for link in links),
-        "files": sorted(os.path.basename(link) for link in links if link.startswith(os.environ["DDPLOG_SPOOL"])),
+        "files": sorted({os.path.basename(link) for link in links if link.startswith(os.environ["DDPLOG_SPOOL"])}),
         "caught": next(int(line.split()[1], 16) for line in open("/proc/self/status") if line.startswith("SigCgt")),
         "modules": sorted(sys.modules),
         "libraries": sorted({line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}),
