@@ -115,11 +115,9 @@ def find_hang(writers: Sequence[Writer], hang_ns: int, now_ns: int) -> Hang | No
 
     Args:
         writers: Who holds the attempt's ranks, dead or alive.
-        hang_ns: The setting; 0: never.
+        hang_ns: The setting, more than 0.
         now_ns: Monotonic time.
     """
-    if hang_ns <= 0:
-        return None
     living = [writer for writer in writers if writer.state == "running"]
     stepping = [writer for writer in living if writer.step != NO_STEP]
     if not stepping:
