@@ -262,12 +262,15 @@ def test_a_second_ctrl_c_ends_the_wait_for_the_store(job, suite_table):
 
 
 NOTEBOOK = """
+import time
 import ddplog
 
 for cell in range(3):  # the same cell, run three times, without finish()
     run = ddplog.init(run_id="r1")
     for step in range(10):
         ddplog.log({"a": float(10 * cell + step)}, step=step)
+    while run._journal.acked_seq < run._journal.next_seq:  # the user thinks
+        time.sleep(0.01)
 other = ddplog.init(run_id="r2")
 other.log({"b": 1.0}, step=0)
 run.log({"a": 30.0}, step=10)
