@@ -299,7 +299,7 @@ class SimForwarders:
 
 
 class SimControl:
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         pass
 
     def stop(self, grace):

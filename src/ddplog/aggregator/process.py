@@ -267,6 +267,7 @@ class Aggregator:
             emission = self.pipeline.derive(stale, entries)
             if emission is not None:
                 effects.emissions.append((stale.attempt, emission))
+        effects.unsettled = self.pipeline.unsettled  # a derived point makes the open windows below it unsettled
         if effects:
             self._make_durable(effects)
             killpoints.reach("aggregator.after_commit")

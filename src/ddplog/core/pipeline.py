@@ -132,7 +132,6 @@ class Pipeline:
             for panel in attempt.panels:
                 panel.flush()
         effects, self._effects = self._effects, Effects()
-        effects.unsettled = self.unsettled
         return effects
 
     @property
