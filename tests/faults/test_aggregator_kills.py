@@ -47,8 +47,9 @@ class Killer:
 
     def _started(self):
         """Return the agent's child, as soon as there is another one."""
+        agent = self._job.agent_pid()
         with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self._job.agent_pid()).children():
+            for child in psutil.Process(agent).children() if agent else ():  # Process(None) would be this one
                 if child.pid != self._last and child.status() != psutil.STATUS_ZOMBIE:
                     return child.pid
         return None

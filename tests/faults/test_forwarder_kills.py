@@ -69,8 +69,9 @@ class Killer:
         """Return a forwarder that has not been killed, and, unless its start is aimed at, has delivered something."""
         if not self._is_in_start and self._read_cursor() <= self._cursor:
             return 0
+        aggregator = self._job.aggregator_pid()
         with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self._job.aggregator_pid()).children():
+            for child in psutil.Process(aggregator).children() if aggregator else ():  # Process(None) would be this one
                 if self._spec in child.cmdline() and child.pid not in self.killed[-1:]:
                     return child.pid
         return 0
