@@ -116,6 +116,7 @@ class Shipper:
         except (OSError, ValueError, RemoteProtocolError) as exc:
             _logger.error("cannot read the journal %s: %s", path, exc)
             return
+        reader.sync()  # before anybody is told of it: a power cut must not take a journal that is waited for
         self.tracked[reader.incarnation] = Tracked(reader=reader, acked_seq=reader.acked_seq, is_adopted=is_adopted)
         self._is_hello_due = True
 

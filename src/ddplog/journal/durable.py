@@ -5,8 +5,9 @@ folder's and the segments' names included, on a disk that honours flushes.
 
 A failed fdatasync leaves pages that are neither on the disk nor dirty: asked again, it would succeed and mean nothing.
 So a segment whose sync has failed is never synced again; once nothing is appended to it any more, its content, which
-memory still has, is written to a new file that takes its place. For a live segment the rank is asked to leave it
-(SEAL in the head page). A head page that failed is made dirty again first, a folder gets a new entry.
+memory still has, is written to a new file that takes its place. For a live segment the rank is asked to leave it.
+Agent and rank tell each other, and the agent's successor, in the head page: who asks second is told of no failure. A
+head page that failed is made dirty again first, a folder gets a new entry.
 
 Source: Rebello et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020.
 """
@@ -32,18 +33,20 @@ class Durability:
     Args:
         folder: The journal's.
         head: Its head page, mapped.
-        is_agent: Whether this is the agent's, which asks the rank to leave a segment, and leaves word of unfinished
-            work to the agent after it.
+        is_agent: Whether this is the agent's, which asks the rank to leave a segment, or the rank's own.
     """
 
     def __init__(self, folder: Path, head: mmap.mmap, *, is_agent: bool) -> None:
         self._folder = folder
         self._head = head
         self._is_agent = is_agent
+        words = layout.AGENT_SUSPECT_OFFSET, layout.RANK_SUSPECT_OFFSET
+        self._word, self._other_word = words if is_agent else words[::-1]
         # Kept open while a segment is appended to: the kernel tells a failed write-back to every descriptor that was
         # open then, and to later ones only if nobody had been told.
         self._descriptors: dict[int, int] = {}
-        self._suspects: set[int] = set()
+        self._suspects = set(self._told(self._word))
+        """To be written anew: what was found here, or by the agent before this one."""
         self._done = 0
         """Every segment up to this number is final and durable."""
         self._newest = 0
@@ -52,9 +55,6 @@ class Durability:
         self._is_named = False
         """Whether its files will."""
         self._is_trouble_known = False
-        (suspect,) = layout.U64.unpack_from(head, layout.SUSPECT_OFFSET)
-        if is_agent and suspect:
-            self._suspects.update(number for number in self._numbers() if number >= suspect)
 
     def sync(self, *, is_over: bool, with_head: bool) -> bool:
         """Make durable what has been written so far.
@@ -88,8 +88,10 @@ class Durability:
             if is_durable and is_final:
                 self._done = number
                 self._close(number)
+        self._suspects.intersection_update(numbers)
+        self._tell_suspects()
         if self._is_agent:
-            self._tell(numbers, is_over=is_over)
+            self._tell(layout.SEAL_OFFSET, numbers[-1] if numbers and self._is_suspect(numbers[-1]) else 0)
         if numbers and numbers[-1] > self._newest:
             self._newest, self._is_named = numbers[-1], False
         if with_head or not self._is_placed:
@@ -112,11 +114,12 @@ class Durability:
                 self._descriptors[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             except FileNotFoundError:
                 return True  # trimmed a moment ago
-        if number not in self._suspects:
+        if not self._is_suspect(number):
             try:
                 os.fdatasync(self._descriptors[number])
             except OSError as exc:
                 self._suspects.add(number)
+                self._tell_suspects()
                 _logger.error("%s could not be made durable (%s): it will be written anew", path, exc)
             else:
                 return True
@@ -133,13 +136,20 @@ class Durability:
         self._close(number)
         return True
 
-    def _tell(self, numbers: list[int], *, is_over: bool) -> None:
-        """Ask the rank to leave a segment that failed, and remember for another agent what is to be done."""
-        live = numbers[-1] if numbers and not is_over else 0
-        seal = live if live in self._suspects else 0
-        for offset, value in ((layout.SEAL_OFFSET, seal), (layout.SUSPECT_OFFSET, min(self._suspects, default=0))):
-            if layout.U64.unpack_from(self._head, offset)[0] != value:
-                layout.put(self._head, offset, layout.U64.pack(value))
+    def _is_suspect(self, number: int) -> bool:
+        return number in self._suspects or number in self._told(self._other_word)
+
+    def _told(self, offset: int) -> range:
+        (word,) = layout.U64.unpack_from(self._head, offset)
+        return range(word & 0xFFFFFFFF, (word >> 32) + 1) if word else range(0)
+
+    def _tell_suspects(self) -> None:
+        self._tell(self._word, max(self._suspects) << 32 | min(self._suspects) if self._suspects else 0)
+
+    def _tell(self, offset: int, value: int) -> None:
+        word = layout.U64.pack(value)
+        if self._head[offset : offset + len(word)] != word:
+            layout.put(self._head, offset, word)
 
     def _sync_head(self) -> None:
         (count,) = layout.U64.unpack_from(self._head, layout.TOUCH_OFFSET)

@@ -253,7 +253,7 @@ class JournalReader:
             mapping = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
         finally:
             os.close(descriptor)
-        header = layout.read_header(mapping, self.incarnation)
+        header = layout.read_header(mapping, self.incarnation, number)
         if header is None:
             mapping.close()
             return None
@@ -362,7 +362,7 @@ class JournalReader:
                 ends += file.read(layout.SEGMENT_HEADER_BYTES)
         except FileNotFoundError:
             return None
-        header = layout.read_header(ends, self.incarnation)
+        header = layout.read_header(ends, self.incarnation, number)
         return None if header is None else header[1]
 
     def close(self) -> None:

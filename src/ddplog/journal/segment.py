@@ -6,8 +6,10 @@ head      4096 bytes, mapped by the rank (writes) and the agent (reads; writes `
              64  i64 ambient step (NO_STEP: none)       72  u64 wall time of the last sign of life, ns
              80  u64 1 after a normal finish            88  u64 acked_seq: seqs below it are durable at the aggregator
              96  u64 number of the segment that the rank is asked to leave (its disk failed); 0: none
-            104  u64 number of the oldest segment that has to be written anew (durable.py); 0: none
-            112  u64 counts the attempts to write this page: a page that could not be written must be dirty again
+            104  u64 the segments that the agent found have to be written anew (durable.py): number of the oldest in the
+                 low 32 bits, of the newest in the high ones; 0: none
+            112  u64 the same, that the rank found in a flush()
+            120  u64 counts the attempts to write this page: a page that could not be written must be dirty again
             128  32 x u64 drops, by the index of the reason in DROP_REASONS
            1024  JSON: the rank's identity
 alive     empty; the rank holds a POSIX record lock on it while it lives. Not on a mapped file: closing any descriptor of
@@ -15,7 +17,7 @@ alive     empty; the rank holds a POSIX record lock on it while it lives. Not on
 NNNNNN.seg  a segment, numbered from 1: 64 header bytes, then frames (core/records.py), then zeros, and in its last 64
           bytes the header again, since without the epoch no frame can be believed:
               0  8s  magic "DDPLOGS1"      8  u32 format version    12  u32 epoch
-             16  16s incarnation          32  u64 seq of its first frame
+             16  16s incarnation          32  u64 seq of its first frame    40  u64 its number
           It is preallocated (a sparse mapping on a full disk is a SIGBUS), filled under a temporary name and renamed, so
           that a segment that can be seen has its header. When segment N+1 can be seen, N has no further frame. It is
           never used again for other records. All of this holds while the node is up; what a power cut leaves of it,
@@ -42,7 +44,7 @@ SEGMENT_MAGIC: Final = b"DDPLOGS1"
 SEGMENT_HEADER_BYTES: Final = 64
 
 HEAD_PREFIX: Final = struct.Struct("<8sII16s")
-SEGMENT_HEADER: Final = struct.Struct("<8sII16sQ")
+SEGMENT_HEADER: Final = struct.Struct("<8sII16sQQ")
 I64: Final = struct.Struct("<q")
 U64: Final = struct.Struct("<Q")
 
@@ -51,8 +53,9 @@ BEAT_OFFSET: Final = 72
 FINISHED_OFFSET: Final = 80
 ACKED_OFFSET: Final = 88
 SEAL_OFFSET: Final = 96
-SUSPECT_OFFSET: Final = 104
-TOUCH_OFFSET: Final = 112
+AGENT_SUSPECT_OFFSET: Final = 104
+RANK_SUSPECT_OFFSET: Final = 112
+TOUCH_OFFSET: Final = 120
 DROPS_OFFSET: Final = 128
 JSON_OFFSET: Final = 1024
 
@@ -88,19 +91,24 @@ def is_locked(descriptor: int) -> bool:
     return int(_FLOCK.unpack(answer)[0]) != fcntl.F_UNLCK
 
 
-def read_header(segment: mmap.mmap | bytes, incarnation: bytes) -> tuple[int, int] | None:
-    """Return (epoch, seq of the first frame) of a segment, from either copy of its header; None if neither is left."""
+    Args:
+        segment: Its bytes, or the first and the last SEGMENT_HEADER_BYTES of them.
+        incarnation: The journal's.
+        number: The segment's: blocks of an older one, that the disk may show instead, are not its own.
+    """
     size = len(segment)
     for offset in (0, size - SEGMENT_HEADER_BYTES):
         if 0 <= offset <= size - SEGMENT_HEADER_BYTES:
-            magic, version, epoch, whose, first_seq = SEGMENT_HEADER.unpack_from(segment, offset)
-            if magic == SEGMENT_MAGIC and version in READABLE and whose == incarnation:
+            magic, version, epoch, whose, first_seq, its = SEGMENT_HEADER.unpack_from(segment, offset)
+            if magic == SEGMENT_MAGIC and version in READABLE and (whose, its) == (incarnation, number):
                 return epoch, first_seq
     return None
 
 
 def segment_name(number: int) -> str:
     """Return the file name of a segment."""
+def read_header(segment: mmap.mmap | bytes, incarnation: bytes, number: int) -> tuple[int, int] | None:
+    """Return (epoch, seq of the first frame) of a segment, from either copy of its header; None if neither is left.
     return f"{number:06d}.seg"
 
 

@@ -290,4 +290,5 @@ def declare_job(folder: Path, info: JobInfo) -> JobInfo:
             secret = os.environ.get("DDPLOG_SECRET") or secrets.token_hex(32)
             write_atomic(folder / "secret", secret.encode())
             write_atomic(folder / "job.json", json.dumps(asdict(info), default=str).encode())
+            sync_directory(folder.parent)  # what is durable in the folder is found again after a power cut
             return info

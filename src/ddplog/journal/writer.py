@@ -337,10 +337,11 @@ class JournalWriter:
             size = len(mapping)
             epoch = random.SystemRandom().getrandbits(32)
             self._check_ours()
+            header = layout.SEGMENT_HEADER.pack(
+                layout.SEGMENT_MAGIC, layout.FORMAT_VERSION, epoch, self.incarnation, self._seq, self._number + 1
+            )
             for offset in (0, size - layout.SEGMENT_HEADER_BYTES):
-                layout.SEGMENT_HEADER.pack_into(
-                    mapping, offset, layout.SEGMENT_MAGIC, layout.FORMAT_VERSION, epoch, self.incarnation, self._seq
-                )
+                mapping[offset : offset + len(header)] = header
             reach("writer.before_rename")
             self._check_ours()
             new.rename(path)
@@ -426,8 +427,8 @@ class JournalWriter:
                     return
             raise OSError(errno.EIO, "the disk did not take what was logged", str(self.folder))
 
-    def close(self, *, finished: bool) -> None:
-        """Take nothing more, and let the agent know that the writer is gone."""
+    def close(self, *, finished: bool, is_at_exit: bool = False) -> None:
+        """Take nothing more, and let the agent know that the writer is gone; `is_at_exit`: and its process soon."""
         if not self._is_open:
             return
         self._is_open = False
@@ -435,7 +436,8 @@ class JournalWriter:
         self._last_keys = None
         self._limit = 0
         if finished:
-            layout.put(self._head, layout.FINISHED_OFFSET, layout.U64.pack(1))
+            how = layout.FINISHED_AT_EXIT if is_at_exit else layout.FINISHED
+            layout.put(self._head, layout.FINISHED_OFFSET, layout.U64.pack(how))
         os.close(self._alive)
 
     def abandon(self) -> None:
