@@ -16,15 +16,20 @@ import pytest
 from faults.grid_job import Grid
 from system.jobs import wait_until
 
+from ddplog.journal.segment import ACKED_OFFSET, U64
+
 pytestmark = pytest.mark.system
 
 KILLS, STEPS = 200, 10_000
 NIGHTLY_KILLS, NIGHTLY_STEPS = 500, 50_000
 NUM_RANKS, NUM_KEYS = 4, 100
-IN_START = 0.4
-"""How many of the kills aim at an aggregator as soon as it is there, not when it has said that it lives."""
-LONGEST_S = 0.25
-"""The longest wait before a kill: a start takes about 0.4 s here, the first acknowledgement 0.1 s more."""
+IN_START = 0.6
+"""How many of the kills aim at an aggregator as soon as it is there: the others wait until it has acknowledged something,
+so that the run goes on, and the next one has open windows to find again."""
+LONGEST_START_S = 0.5
+"""Imports, replay, the announcement, the agent's Hello, the first commit: they take about that long here."""
+LONGEST_LIFE_S = 0.15
+"""After the first acknowledgement: some commits, and a point is emitted 0.1 s after its last value came."""
 
 
 class Killer:
@@ -33,17 +38,20 @@ class Killer:
     def __init__(self, job, chance):
         self._job, self._chance = job, chance
         self._last = 0
+        self._acked = 0
         self.seen = Counter()
 
     def kill_one(self):
-        find = self._started if self._chance.random() < IN_START else self._announced
-        pid = wait_until(find, 60)
-        time.sleep(self._chance.random() * LONGEST_S)  # the random moment
+        aims_at_start = self._chance.random() < IN_START
+        pid = wait_until(self._started if aims_at_start else self._acknowledging, 60)
+        time.sleep(self._chance.random() * (LONGEST_START_S if aims_at_start else LONGEST_LIFE_S))  # the random moment
         was_announced = self._job.aggregator_pid() == pid
         os.kill(pid, signal.SIGKILL)
         self._last = pid
         self.seen["kills"] += 1
-        self.seen["kills in its start"] += not was_announced
+        self.seen["in a start"] += not was_announced
+        self.seen["after an ack"] += self._count_acked() > self._acked
+        self._acked = self._count_acked()
 
     def _started(self):
         """Return the agent's child, as soon as there is another one."""
@@ -54,9 +62,16 @@ class Killer:
                     return child.pid
         return None
 
-    def _announced(self):
-        pid = self._job.aggregator_pid()
-        return pid if pid != self._last else None
+    def _acknowledging(self):
+        return self._started() if self._count_acked() > self._acked else None
+
+    def _count_acked(self):
+        """Return how many records the ranks know to be stored: the agent notes it in their journals' head pages."""
+        total = 0
+        for path in (path for folder in self._job.folders() for path in folder.glob("*/head")):
+            with path.open("rb") as file:
+                total += U64.unpack(os.pread(file.fileno(), 8, ACKED_OFFSET))[0]
+        return total
 
 
 def kill_aggregators(job, kills, steps):
@@ -80,8 +95,15 @@ def kill_aggregators(job, kills, steps):
     grid.check_jsonl()
     seen = killer.seen
     assert seen["kills"] == kills
-    assert 0 < seen["kills in its start"] < kills
-    counts = {**seen, "values": grid.values, "points": grid.points}
+    assert seen["in a start"] > kills * 0.1
+    assert seen["after an ack"] > kills * 0.2
+    counts = {
+        "kills": kills,
+        "in a start": seen["in a start"],
+        "after an ack": seen["after an ack"],
+        "values": grid.values,
+        "points": grid.points,
+    }
     print(counts, "lost 0, doubled 0, wrong 0")
     return counts
 
