@@ -23,14 +23,16 @@ from ddplog.sinks import parse_spec
 
 pytestmark = pytest.mark.system
 
-KILLS, STEPS = 100, 10_000
-NIGHTLY_KILLS, NIGHTLY_STEPS = 1000, 50_000
+KILLS, STEPS = 100, 6_000
+NIGHTLY_KILLS, NIGHTLY_STEPS = 1000, 60_000
 NUM_RANKS, NUM_KEYS = 2, 20
 PLAN = ((0.10, "timeout"), (0.10, "500"), (0.05, "429"))
 IN_START = 0.1
 LONGEST_S = 0.15
 TIMEOUT_S = 0.3
-BATCH_ITEMS = 2000
+BATCH_ITEMS = 1000
+KILLS_AHEAD = 6
+"""The ranks are ahead by so many kills' share of the steps, so that a life has more than one batch to deliver."""
 
 
 class Killer:
@@ -142,7 +144,8 @@ def kill_forwarders(job, kills, steps):
         try:
             while done < kills:
                 assert time.monotonic() < deadline, "the forwarders do not come back"
-                grid.allow(0.99 * (done + 1) / kills)  # not all of it: the run may not end before its last kill
+                # Never all of it: the run may not end before its last kill.
+                grid.allow(0.99 * min(1, (done + KILLS_AHEAD) / kills))
                 done += sum(killer.look() for killer in killers)
                 time.sleep(0.005)
             grid.allow(1)
