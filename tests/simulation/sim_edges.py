@@ -82,6 +82,9 @@ class JobFolder(SimPath):
 class SimReader:
     """As JournalReader, over a Journal of the plan."""
 
+    holder = 0  # whose exit status nobody learns
+    is_at_exit = False
+
     def __init__(self, path):
         self.journal = path.journal
         self.incarnation = self.journal.incarnation

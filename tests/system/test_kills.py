@@ -10,6 +10,8 @@ from system.jobs import DDPLOG, wait_until
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
 NUM_LOGS = 5000
+WHAT_IS_KNOWN = [("died", 9, "signal 9 (SIGKILL)"), ("died", None, "died, code unknown")]
+"""Of a rank killed with -9: without `ddplog run` it depends on the kernel, and on whether the agent saw it alive."""
 
 SUICIDE = """
 import os, signal, sys, time
@@ -26,9 +28,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize(
-    ("launcher", "detail"), [("ddplog", "rank 1: signal 9 (SIGKILL)"), ("torchrun", "rank 1: died, code unknown")]
-)
+@pytest.mark.parametrize(("launcher", "detail"), [("ddplog", "rank 1: signal 9 (SIGKILL)"), ("torchrun", "")])
 def test_a_rank_killed_right_after_its_5000th_log_leaves_all_5000(job, launcher, detail):
     """log() has returned: no exit handler runs, and nobody but the agent can save what the rank left."""
     script = job.script(SUICIDE)
@@ -40,9 +40,9 @@ def test_a_rank_killed_right_after_its_5000th_log_leaves_all_5000(job, launcher,
         assert run.metric("rank_1").step.tolist() == list(range(NUM_LOGS))
         assert run.metric("rank_1").value.tolist() == list(map(float, range(NUM_LOGS)))
         assert run.metric("rank_0").step.tolist() == list(range(len(run.metric("rank_0"))))
-        assert (run.status, run.detail) == ("failed", detail)
         died = next(writer for writer in run.writers() if writer.rank == 1)
-        assert (died.state, died.signal) == ("died", 9 if launcher == "ddplog" else None)
+        assert (run.status, run.detail) == ("failed", detail or f"rank 1: {died.detail}")
+        assert (died.state, died.signal, died.detail) in WHAT_IS_KNOWN[: 1 if detail else 2]
         assert run.drops() == ()
 
 
@@ -68,7 +68,7 @@ def test_rank_0_killed_takes_nobody_elses_logging_with_it(job):
         assert loss.step.tolist() == list(range(400))
         assert loss.n.tolist() == [3] * 100 + [2] * 300
         assert loss.expected.tolist() == [3] * 400
-        assert (run.status, run.detail) == ("failed", "rank 0: died, code unknown")
+        assert (run.status, run.detail) in [("failed", f"rank 0: {detail}") for _, _, detail in WHAT_IS_KNOWN]
         assert [writer.state for writer in run.writers()] == ["died", "finished", "finished"]
     wait_until(lambda: len(job.jsonl()) == 400)
 

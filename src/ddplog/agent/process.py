@@ -79,7 +79,7 @@ class Agent:
             self.shipper.check_deaths(now)
             self._supervise(now)
             self._connect()
-            is_over = self._is_over()
+            is_over = self._is_over(now)
             self._exchange(now, is_over=is_over)
             self.shipper.keep_durable(now)
             if is_over and self._may_leave(now):
@@ -186,9 +186,9 @@ class Agent:
 
     # -- the end
 
-    def _is_over(self) -> bool:
-        """Whether every rank and what launched them are gone."""
-        if any(tracked.is_alive for tracked in self.shipper.tracked.values()):
+    def _is_over(self, now: int) -> bool:
+        """Whether every rank and what launched them are gone, and how the ranks ended is known if it ever will be."""
+        if any(tracked.is_alive for tracked in self.shipper.tracked.values()) or self.shipper.may_learn(now):
             return False
         return self.launcher is None or not _lives(self.launcher)
 

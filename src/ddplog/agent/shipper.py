@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ddplog.agent.exit_status import Process
 from ddplog.agent.stacks import Stacks
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal.reader import Hole, JournalReader
@@ -39,6 +40,7 @@ class Tracked:
     """A journal and what is known of its delivery."""
 
     reader: JournalReader
+    process: Process
     is_adopted: bool = False
     """A killed job of the same run left it."""
     is_alive: bool = True
@@ -117,7 +119,10 @@ class Shipper:
             _logger.error("cannot read the journal %s: %s", path, exc)
             return
         reader.sync()  # before anybody is told of it: a power cut must not take a journal that is waited for
-        self.tracked[reader.incarnation] = Tracked(reader=reader, acked_seq=reader.acked_seq, is_adopted=is_adopted)
+        process = Process(lambda: reader.holder)
+        self.tracked[reader.incarnation] = Tracked(
+            reader=reader, process=process, acked_seq=reader.acked_seq, is_adopted=is_adopted
+        )
         self._is_hello_due = True
 
     @property
@@ -129,6 +134,14 @@ class Shipper:
     def is_idle(self) -> bool:
         """Every rank that ever appeared is dead, and all it left is acknowledged."""
         return bool(self.tracked) and all(tracked.is_done for tracked in self.tracked.values())
+
+    def may_learn(self, now_ns: int) -> bool:
+        """Whether the exit status of a rank that has gone is still to come."""
+        return any(
+            tracked.reader.is_at_exit and tracked.process.may_tell(now_ns - tracked.died_ns)
+            for tracked in self.tracked.values()
+            if not tracked.is_alive
+        )
 
     def check_deaths(self, now_ns: int) -> None:
         """Look, at most every DEATH_CHECK_NS, which ranks have gone."""
@@ -308,7 +321,9 @@ class Shipper:
 
     def _heartbeat(self, *, is_over: bool) -> bytes:
         progress = [
-            codec.make_progress(tracked.incarnation, *tracked.shown, tracked.reader.drops, tracked.in_flight)
+            codec.make_progress(
+                tracked.incarnation, *tracked.shown, tracked.reader.drops, tracked.in_flight, tracked.process.look()
+            )
             for tracked in self.tracked.values()
         ]
         return codec.encode_heartbeat(self.node_id, progress, is_over=is_over)

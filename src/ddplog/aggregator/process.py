@@ -247,6 +247,8 @@ class Aggregator:
                     progress.backlog_bytes,
                     now,
                 )
+                if progress.HasField("exit_status"):
+                    self.pipeline.exited(progress.incarnation, progress.exit_status, time.time_ns())
 
     def _reject(self, routing_id: bytes, reason: pb.Reject.Reason, incarnation: bytes, seq: int, text: str) -> None:
         self.router.send(routing_id, codec.encode_reject(reason, incarnation, seq, text))

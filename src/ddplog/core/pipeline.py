@@ -35,6 +35,7 @@ from ddplog.core.effects import (
     Writer,
     WriterInfo,
 )
+from ddplog.core.ends import describe_exit, final_state, split_status
 from ddplog.core.hang import UNSEEN_NS, Hang, find_hang, is_over, restore_hang, stacks_wanted, standing
 from ddplog.core.panel import Emission, Panel, RankStates
 from ddplog.core.records import KIND_SCHEMA, NO_STEP, Record, scan_payload
@@ -567,14 +568,13 @@ class Pipeline:
     def _settle_end(self, writer: Writer, time_unix_ns: int) -> None:
         if not writer.has_ended or writer.state in ENDED:
             return
-        writer.state = writer.finish_status if writer.finish_status in ENDED else "died"
+        writer.state = final_state(writer)
         writer.ended_unix_ns = writer.ended_unix_ns or time_unix_ns
-        if not writer.said_finish:
-            if writer.exit_code is None and writer.signal is None and not writer.detail:
-                writer.detail = UNKNOWN_DEATH
-            self._event(writer, time_unix_ns, "death", "error", f"rank {writer.info.rank}: {writer.detail}")
-        elif writer.finish_status == "failed":
-            self._event(writer, time_unix_ns, "failure", "error", f"rank {writer.info.rank}: {writer.detail}")
+        if writer.state == "died" or writer.exit_code or writer.signal:
+            writer.detail = writer.detail or describe_exit(writer.exit_code, writer.signal)
+        kind = "death" if writer.state == "died" else "failure" if writer.finish_status == "failed" else "exit"
+        if kind != "exit" or (writer.finish_status == "finished" and writer.state != "finished"):
+            self._event(writer, time_unix_ns, kind, "error", f"rank {writer.info.rank}: {writer.detail}")
         if writer.is_reduced:
             attempt = self.attempts[writer.attempt]
             if attempt.holders.get(writer.info.rank) is writer:
@@ -593,13 +593,27 @@ class Pipeline:
         candidates = [w for w in self.writers.values() if w.info.rank == rank and pid in (0, w.info.pid)]
         if not candidates:
             return
-        writer = candidates[-1]
+        self._exited(candidates[-1], exit_code, signal, message, time_unix_ns)
+
+    def exited(self, incarnation: bytes, status: int, time_unix_ns: int) -> None:
+        """The agent has learned the wait(2) status of a writer's process. It says so again and again."""
+        writer = self.writers.get(incarnation)
+        if writer is not None and writer.exit_code is None and writer.signal is None:
+            self._exited(writer, *split_status(status), "", time_unix_ns)
+
+    def _exited(
+        self, writer: Writer, exit_code: int | None, signal: int | None, message: str, time_unix_ns: int
+    ) -> None:
+        detail = writer.detail
         writer.exit_code, writer.signal = exit_code, signal
-        writer.detail = message or (f"signal {signal}" if signal else f"exit code {exit_code}")
-        if writer.state == "finished":  # it said so at its exit, whose code it cannot know
-            writer.state = "killed" if signal else "failed"
-        self._event(writer, time_unix_ns, "exit", "error", f"rank {rank}: {writer.detail}")
         self._effects.writers[writer.writer_id] = writer
+        if writer.state in ENDED:  # else its end, which is still to come, will say it
+            writer.state = final_state(writer)
+            if detail in ("", UNKNOWN_DEATH):
+                writer.detail = describe_exit(exit_code, signal)
+        writer.detail = message or writer.detail
+        if writer.detail not in ("", detail):
+            self._event(writer, time_unix_ns, "exit", "error", f"rank {writer.info.rank}: {writer.detail}")
 
     def finish(self, status: str, detail: str, now_ns: int) -> None:
         """The launcher's verdict; it becomes the run's status once every record is stored."""
@@ -740,14 +754,14 @@ class Pipeline:
         """Say how the run ended when no launcher does: from what the ranks of the last attempt said."""
         members = self.attempts[self.attempt].members
         died = [w for w in members if w.state == "died"]
-        failed = [w for w in members if w.finish_status == "failed"]
+        failed = [w for w in members if w.state == "failed" or (w.state == "killed" and w.finish_status == "finished")]
         if failed:
             first = min(failed, key=lambda w: w.ended_unix_ns or 0)
             return "failed", f"rank {first.info.rank}: {first.detail}"
         if died:
             first = min(died, key=lambda w: w.ended_unix_ns or 0)
             return "failed", f"rank {first.info.rank}: {first.detail}"
-        others = {w.finish_status for w in members} - {"finished"}
+        others = {w.state for w in members} - {"finished"}
         return (others.pop(), "") if others else ("finished", "")
 
     # -- stale points

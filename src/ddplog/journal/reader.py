@@ -122,7 +122,21 @@ class JournalReader:
 
     @property
     def has_finished(self) -> bool:
-        return bool(layout.U64.unpack_from(self._head, layout.FINISHED_OFFSET)[0])
+        return self._finished > 0
+
+    @property
+    def is_at_exit(self) -> bool:
+        """Whether the process is about to end, or has: it did not close the journal to go on with something else."""
+        return self._finished != layout.FINISHED
+
+    @property
+    def _finished(self) -> int:
+        return int(layout.U64.unpack_from(self._head, layout.FINISHED_OFFSET)[0])
+
+    @property
+    def holder(self) -> int:
+        """The pid of the rank's process; 0 if it has closed its journal, or is out of sight."""
+        return layout.holder(self._alive) if self._alive >= 0 else 0
 
     @property
     def drops(self) -> dict[str, int]:

@@ -4,7 +4,7 @@ head      4096 bytes, mapped by the rank (writes) and the agent (reads; writes `
               0  8s  magic "DDPLOGJ1"      8  u32 format version    12  u32 bytes of JSON
              16 16s  incarnation
              64  i64 ambient step (NO_STEP: none)       72  u64 wall time of the last sign of life, ns
-             80  u64 1 after a normal finish            88  u64 acked_seq: seqs below it are durable at the aggregator
+             80  u64 1 finished, 2 at its exit            88  u64 acked_seq: seqs below it are durable at the aggregator
              96  u64 number of the segment that the rank is asked to leave (its disk failed); 0: none
             104  u64 the segments that the agent found have to be written anew (durable.py): number of the oldest in the
                  low 32 bits, of the newest in the high ones; 0: none
@@ -51,6 +51,8 @@ U64: Final = struct.Struct("<Q")
 STEP_OFFSET: Final = 64
 BEAT_OFFSET: Final = 72
 FINISHED_OFFSET: Final = 80
+FINISHED: Final = 1
+FINISHED_AT_EXIT: Final = 2
 ACKED_OFFSET: Final = 88
 SEAL_OFFSET: Final = 96
 AGENT_SUSPECT_OFFSET: Final = 104
@@ -87,9 +89,23 @@ def put(head: mmap.mmap, offset: int, word: bytes) -> None:
 
 def is_locked(descriptor: int) -> bool:
     """Tell whether another process holds a POSIX write lock on the file; takes none."""
-    answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    return int(_FLOCK.unpack(answer)[0]) != fcntl.F_UNLCK
+    return _look(descriptor)[0] != fcntl.F_UNLCK
 
+
+def holder(descriptor: int) -> int:
+    """Return the pid, as this process sees pids, of the one that holds the lock; 0: nobody, or none to be seen here."""
+    kind, pid = _look(descriptor)
+    return pid if kind != fcntl.F_UNLCK else 0
+
+
+def _look(descriptor: int) -> tuple[int, int]:
+    answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    kind, _, _, _, pid = _FLOCK.unpack(answer)
+    return kind, pid
+
+
+def read_header(segment: mmap.mmap | bytes, incarnation: bytes, number: int) -> tuple[int, int] | None:
+    """Return (epoch, seq of the first frame) of a segment, from either copy of its header; None if neither is left.
 
     Args:
         segment: Its bytes, or the first and the last SEGMENT_HEADER_BYTES of them.
@@ -107,8 +123,6 @@ def is_locked(descriptor: int) -> bool:
 
 def segment_name(number: int) -> str:
     """Return the file name of a segment."""
-def read_header(segment: mmap.mmap | bytes, incarnation: bytes, number: int) -> tuple[int, int] | None:
-    """Return (epoch, seq of the first frame) of a segment, from either copy of its header; None if neither is left.
     return f"{number:06d}.seg"
 
 

@@ -123,18 +123,20 @@ class Heartbeat(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., progress: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ..., is_over: bool = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("incarnation", "step", "through_seq", "drops", "backlog_bytes")
+    __slots__ = ("incarnation", "step", "through_seq", "drops", "backlog_bytes", "exit_status")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     THROUGH_SEQ_FIELD_NUMBER: _ClassVar[int]
     DROPS_FIELD_NUMBER: _ClassVar[int]
     BACKLOG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXIT_STATUS_FIELD_NUMBER: _ClassVar[int]
     incarnation: bytes
     step: int
     through_seq: int
     drops: _containers.RepeatedCompositeFieldContainer[Drop]
     backlog_bytes: int
-    def __init__(self, incarnation: _Optional[bytes] = ..., step: _Optional[int] = ..., through_seq: _Optional[int] = ..., drops: _Optional[_Iterable[_Union[Drop, _Mapping]]] = ..., backlog_bytes: _Optional[int] = ...) -> None: ...
+    exit_status: int
+    def __init__(self, incarnation: _Optional[bytes] = ..., step: _Optional[int] = ..., through_seq: _Optional[int] = ..., drops: _Optional[_Iterable[_Union[Drop, _Mapping]]] = ..., backlog_bytes: _Optional[int] = ..., exit_status: _Optional[int] = ...) -> None: ...
 
 class Drop(_message.Message):
     __slots__ = ("reason", "count")

@@ -201,7 +201,12 @@ def encode_stack(incarnation: bytes, text: str, trouble: str) -> bytes:
 
 
 def make_progress(
-    incarnation: bytes, step: int | None, through_seq: int, drops: Mapping[str, int], backlog_bytes: int
+    incarnation: bytes,
+    step: int | None,
+    through_seq: int,
+    drops: Mapping[str, int],
+    backlog_bytes: int,
+    exit_status: int | None = None,
 ) -> Progress:
     """Build one writer's entry of a Heartbeat."""
     return Progress(
@@ -210,6 +215,7 @@ def make_progress(
         through_seq=through_seq,
         drops=[Drop(reason=reason, count=count) for reason, count in drops.items()],
         backlog_bytes=backlog_bytes,
+        exit_status=exit_status,
     )
 
 

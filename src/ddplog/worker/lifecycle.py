@@ -33,7 +33,7 @@ from ddplog.journal.writer import JournalWriter
 from ddplog.worker import current, stacks
 from ddplog.worker import identity as identity_of
 from ddplog.worker.absent import AbsentRun, NullRun
-from ddplog.worker.run import Run, describe, finish_all
+from ddplog.worker.run import Run, describe, finish_at_exit
 
 _ordinal = 0
 _has_hooks = False
@@ -248,11 +248,11 @@ _failures: list[str] = []
 
 def _at_exit() -> None:
     if not _failures:
-        finish_all(current.runs, "finished", "")
+        finish_at_exit(current.runs, "finished", "")
     elif _failures[0]:
-        finish_all(current.runs, "failed", _failures[0])
+        finish_at_exit(current.runs, "failed", _failures[0])
     else:
-        finish_all(current.runs, "killed", "KeyboardInterrupt")
+        finish_at_exit(current.runs, "killed", "KeyboardInterrupt")
 
 
 def _after_fork() -> None:

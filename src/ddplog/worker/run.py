@@ -356,7 +356,7 @@ class Run:
         if self._end_here(status, detail):
             self._wait_stored(time.monotonic())
 
-    def _end_here(self, status: str, detail: str) -> bool:
+    def _end_here(self, status: str, detail: str, *, is_at_exit: bool = False) -> bool:
         """Write the last record, and close the journal. False if that was done, is put aside, or is not ours to do."""
         if os.getpid() != self._pid:
             return False
@@ -373,7 +373,7 @@ class Run:
         except BaseException:  # Ctrl-C just here: the exit says it again
             self._is_finished = False
             raise
-        self._journal.close(finished=True)
+        self._journal.close(finished=True, is_at_exit=is_at_exit)
         return True
 
     def _wait_stored(self, since_s: float) -> None:
@@ -424,15 +424,16 @@ class Run:
         return f"<ddplog.Run {self.run_id} rank={self.rank}/{self.world_size} {self._journal!r}>"
 
 
-def finish_all(runs: Iterable[Run], status: str, detail: str) -> None:
+def finish_at_exit(runs: Iterable[Run], status: str, detail: str) -> None:
     """Finish what this process has open, and wait for the store of all of them at once; Ctrl-C ends the wait."""
     since_s = time.monotonic()
     try:
-        for run in [run for run in runs if run._end_here(status, detail)]:  # noqa: SLF001 - the same module
+        ended = [run for run in runs if run._end_here(status, detail, is_at_exit=True)]  # noqa: SLF001 - the same module
+        for run in ended:
             run._wait_stored(since_s)  # noqa: SLF001
     except KeyboardInterrupt:
         for run in runs:
-            run._end_here(status, detail)  # noqa: SLF001
+            run._end_here(status, detail, is_at_exit=True)  # noqa: SLF001
 
 
 def _depth_of_caller() -> int:
