@@ -421,7 +421,27 @@ def test_more_names_than_allowed_are_counted_not_kept():
     h.tick()
 
     assert list(h.points) == [("a", 0, 0), ("b", 0, 0)]
-    assert h.pipeline.key_overflow == 1
+    writer = h.pipeline.writers[a.incarnation]
+    assert (writer.num_values, writer.drops) == (2, {"run_key_limit": 1})
+
+
+def test_names_beyond_the_limit_are_dropped_whoever_logs_them_and_the_sum_is_right():
+    """Reliability case 20: each rank may log max_keys names, and so may the run; logged = stored + dropped."""
+    a, b = Rank(0, 2), Rank(1, 2)
+    h = Harness(a, b, options=Options(grace_ns=1, late_ns=1, settle_ns=0, max_keys=3))
+    h.send(a.log(0, x=1, y=2).log(1, x=1, y=2, z=3))
+    h.send(b.log(0, y=2, u=4, v=5).log(1, y=2, u=4, v=5).log(1, w=9))
+    h.send(b.log(2, w=9))  # a batch of one record
+    h.pipeline.progress(b.incarnation, None, 0, {"bad_value": 2}, 0, 0)
+    h.tick(10)
+
+    assert sorted({key for key, _, _ in h.points}) == ["x", "y", "z"]
+    of_a, of_b = (h.pipeline.writers[rank.incarnation] for rank in (a, b))
+    assert (of_a.num_values, of_a.drops) == (5, {})
+    assert (of_b.num_values, of_b.drops) == (2, {"bad_value": 2, "run_key_limit": 6})
+    assert h.pipeline.num_values == 7
+    (event,) = [event for event in h.events if event.kind == "key_limit"]
+    assert event.message.endswith("first of rank 1")
 
 
 def test_a_writer_after_the_end_opens_the_run_again():
@@ -477,3 +497,111 @@ def test_its_repr_says_where_it_stands():
     h = Harness(Rank(0, 1))
     assert repr(h.pipeline) == "<Pipeline attempt=0 writers=1 ended=0 keys=0 values=0 verdict=None>"
     assert json.dumps(list(h.pipeline.attempts)) == "[0]"
+
+
+def far_ahead(h, ranks, steps, keys=4):
+    """All ranks but the last log many steps, which the last one holds open."""
+    values = {f"k{i}": 1.0 for i in range(keys)}
+    for rank in ranks:
+        h.send(rank.log(0, **values))
+    for first in range(1, steps, 500):
+        for rank in ranks[:-1]:
+            for step in range(first, first + 500):
+                rank.log(step, **values)
+            h.send(rank)
+        h.tick(1)
+
+
+def cells(h):
+    return [panel._value.size for attempt in h.pipeline.attempts.values() for panel in attempt.panels]
+
+
+def test_a_rank_far_ahead_does_not_fill_the_memory():
+    """Windows are bounded by what they hold, not by their number: the oldest close incomplete, and lose nothing."""
+    ranks = [Rank(rank, 3) for rank in range(3)]
+    limit = 3 * 4 * 1000
+    options = Options(grace_ns=10**9, late_ns=100, settle_ns=10, max_keys=100, max_cells=limit)
+    h = Harness(*ranks, options=options)
+    far_ahead(h, ranks, 20_000)
+    assert sum(cells(h)) <= 4 * limit  # open, closed, and the room they grew into
+    assert h.points["k0", 100, 0] == [(1.0, 2)]
+
+    for step in range(1, 20_001):
+        ranks[2].log(step, k0=4.0)
+    h.send(ranks[2])
+    for _ in range(3):
+        h.tick(200)
+    assert sum(cells(h)) <= 4 * limit
+    assert {len(h.points["k0", step, 0]) for step in range(1, 15_000)} == {2}, "derived again, once each"
+    assert all(h.points["k0", step, 0][-1] == (2.0, 3) for step in range(1, 19_000))
+
+
+def test_what_is_kept_for_late_values_is_bounded_too():
+    a = Rank(0, 1)
+    h = Harness(a, options=Options(grace_ns=1, late_ns=100, settle_ns=0, max_keys=99, max_cells=100))
+    values = {f"k{i}": 1.0 for i in range(10)}
+    for step in range(100):
+        h.send(a.log(step, **values))
+        h.tick(2)
+    assert sum(cells(h)) <= 4 * 100
+    assert h.pipeline.attempts[0].panels[0].keep_closed == 10
+
+
+def test_sets_of_names_that_never_come_back_are_forgotten(monkeypatch):
+    monkeypatch.setattr("ddplog.core.pipeline._MAX_LAYOUTS", 10)
+    a = Rank(0, 1)
+    h = Harness(a)
+    for step in range(100):
+        names = [f"k{i}" for i in range(7) if (step + 1) >> i & 1]
+        h.send(a.log(step, **dict.fromkeys(names, 1.0)))
+        assert len(h.pipeline.attempts[0].layouts) <= 10
+    h.tick(100)
+    assert len(h.points) == sum((step + 1).bit_count() for step in range(100))
+
+
+def test_what_is_derived_at_once_is_bounded_too():
+    a = Rank(0, 1)
+    h = Harness(a, options=Options(grace_ns=1, late_ns=100, settle_ns=0, max_keys=9, max_cells=100))
+    for step in range(1000):
+        h.send(a.log(step, x=1.0))
+        h.tick(2)
+    for step in range(500):
+        a.log(step, x=3.0)
+    h.send(a)
+    h.now += 200
+    stale = h.pipeline.take_stale(h.now)
+    assert len(stale) >= 4
+    assert max(len(part.steps) for part in stale) <= 100
+    assert not set.intersection(*(set(part.steps) for part in stale[:2]))
+    assert h.pipeline.take_stale(h.now + 200) == []
+
+
+def test_an_attempt_that_is_over_gives_its_memory_back():
+    """A job that is restarted a hundred times must not keep a hundred attempts' windows."""
+    ranks = [Rank(rank, 2) for rank in range(2)]
+    h = Harness(*ranks)
+    for step in range(300):
+        for rank in ranks:
+            rank.log(step, x=float(step))
+    for rank in ranks:
+        h.send(rank)
+    h.tick(10_000)
+    before = sum(cells(h))
+    for rank in ranks:
+        h.end(rank)
+    h.hello(*[Rank(rank, 2, life=1) for rank in range(2)])
+    h.tick(10_000)
+    assert sum(cells(h)) < before / 8
+    assert h.points["x", 299, 0][-1] == (299.0, 2)
+
+
+def test_a_set_of_names_is_kept_once_however_often_it_is_declared():
+    """Every segment of a journal declares its sets of names under new ids."""
+    a = Rank(0, 1)
+    h = Harness(a)
+    for step in range(50):
+        a.schemas = {("another", str(i)): i for i in range(1, step + 1)}  # so that the next declaration has a new id
+        h.send(a.log(step, x=1.0, y=2.0))
+    schemas = h.pipeline.writers[a.incarnation].schemas
+    assert len(schemas) == 50
+    assert len({id(keys) for keys in schemas.values()}) == 1

@@ -68,6 +68,8 @@ class Writer:
     drops: dict[str, int] = field(default_factory=dict)
     num_lost: int = 0
     """Records that were in no journal any more when the store asked for them."""
+    num_refused: int = 0
+    """Values under names beyond those that the run may have."""
     num_values: int = 0
     """Numbers and messages taken from it: what its drops are counted in, too."""
 

@@ -388,6 +388,18 @@ class Panel:
     # -- closing
 
     @property
+    def width(self) -> int:
+        """Values of one window: ranks that ever logged one of the keys x keys."""
+        return len(self._rows) * len(self.key_ids)
+
+    def shrink(self) -> None:
+        """Give back the memory of closed windows, if none is open: nothing more is expected, and what comes is stale."""
+        if self._closed and not self.num_open and not self._off_rows:
+            self._release(list(self._closed))
+            self._closed.clear()
+            self._allocate(max(1, len(self._rows)), 16)
+
+    @property
     def num_open(self) -> int:
         """Open windows."""
         return len(self._slots) - len(self._closed)

@@ -37,7 +37,7 @@ from ddplog.core.effects import (
 )
 from ddplog.core.ends import describe_exit, final_state, split_status
 from ddplog.core.hang import UNSEEN_NS, Hang, find_hang, is_over, restore_hang, stacks_wanted, standing
-from ddplog.core.panel import Emission, Panel, RankStates
+from ddplog.core.panel import KEEP_CLOSED, Emission, Panel, RankStates
 from ddplog.core.records import KIND_SCHEMA, NO_STEP, Record, scan_payload
 from ddplog.core.reduce import is_reduction
 from ddplog.core.stacks import place
@@ -61,6 +61,17 @@ class Options:
     """0: no attempt is taken for hung."""
     max_open: int = 65_536
     """Open windows per panel beyond which the oldest close incomplete: a rank far ahead must not fill the memory."""
+    max_cells: int = 16 * 1024 * 1024
+    """Values (ranks x windows x keys, about 20 bytes each) in the open windows of an attempt, likewise: 64 ranks with 100
+    keys may be 2,600 steps apart. As many again may be kept of closed ones, for late values."""
+
+
+_MAX_STALE: Final = 1_000_000
+"""Stale steps of a panel that are derived without waiting for more: a set of them takes about 100 MB."""
+_MIN_OPEN: Final = 8
+"""Windows that a panel may have in any case: ranks are a step or two apart, and their batches some more."""
+_MAX_LAYOUTS: Final = 4096
+"""Sets of names whose place is remembered; a script that logs other names every time finds them anew every time."""
 
 
 class _Piece(NamedTuple):
@@ -71,6 +82,14 @@ class _Piece(NamedTuple):
     """Of the panel; None: all of them in order."""
     sources: tuple[int, ...] | None
     """Of the schema; None: all of them in order."""
+
+
+class _Layout(NamedTuple):
+    """Where the values of a schema go."""
+
+    pieces: tuple[_Piece, ...]
+    num_refused: int
+    """Names beyond `max_keys`: their values are dropped, and counted."""
 
 
 @dataclass(slots=True)
@@ -84,7 +103,7 @@ class _Attempt:
     panels: list[Panel] = field(default_factory=list)
     home: dict[int, tuple[Panel, int]] = field(default_factory=dict)
     """key_id -> (panel, column)"""
-    layouts: dict[tuple[str, ...], tuple[_Piece, ...]] = field(default_factory=dict)
+    layouts: dict[tuple[str, ...], _Layout] = field(default_factory=dict)
     members: list[Writer] = field(default_factory=list)
     hang: Hang | None = None
     hung_unix_ns: int = 0
@@ -116,7 +135,8 @@ class Pipeline:
         self.num_values = 0
         self.num_entries = 0
         self._by_id: dict[int, Writer] = {}
-        self.key_overflow = 0
+        self._names_of: dict[tuple[str, ...], tuple[str, ...]] = {}
+        """Every set of names once: each segment of each journal declares them anew, under other ids."""
         self._redefined: set[int] = set()
         self._nonfinite_keys: set[int] = set()
         self._is_replaying = False
@@ -185,6 +205,7 @@ class Pipeline:
         """Close a gap that nothing can fill: without it, the writer would be asked for it for ever."""
         self._note_lost(writer, writer.next_seq, next_seq - writer.next_seq, why, time_unix_ns)
         writer.next_seq = next_seq
+        self._effects.writers[writer.writer_id] = writer
 
     def _note_lost(self, writer: Writer, first_seq: int, count: int, why: str, time_unix_ns: int) -> None:
         message = f"rank {writer.info.rank}: {count} records, seq {first_seq} to {first_seq + count - 1}, are lost"
@@ -335,7 +356,7 @@ class Pipeline:
             return False
         if writer.is_reduced:
             attempt = self.attempts[writer.attempt]
-            pieces = self._layout(attempt, keys)
+            pieces = self._layout(attempt, keys).pieces
             if len(pieces) != 1 or pieces[0].columns is not None or pieces[0].sources is not None:
                 return False
             late_to = max(attempt.closed_to, writer.step - 1)
@@ -349,29 +370,47 @@ class Pipeline:
         return True
 
     def _scalars(self, writer: Writer, rows: Rows, now_ns: int) -> None:
-        writer.num_values += rows.values.size
-        self._effects.num_values += rows.values.size
-        self.num_values += rows.values.size
-        step = int(rows.steps.max())
+        step, num_refused = int(rows.steps.max()), 0
         if writer.is_reduced:
             attempt = self.attempts[writer.attempt]
-            self._reduce(writer, attempt, rows, max(attempt.closed_to, writer.step - 1), now_ns)
+            late_to = max(attempt.closed_to, writer.step - 1)
+            num_refused = self._reduce(writer, attempt, rows, late_to, now_ns)
             attempt.watermark.advance(writer.info.rank, step, now_ns)
+        num_taken = rows.values.size - num_refused
+        writer.num_values += num_taken
+        self._effects.num_values += num_taken
+        self.num_values += num_taken
+        if num_refused:
+            self._refuse(writer, num_refused, int(rows.times.max()))
         writer.step = max(writer.step, step)
         writer.first_step = min(writer.first_step, int(rows.steps.min()))
 
-    def _reduce(self, writer: Writer, attempt: _Attempt, rows: Rows, late_to: int, now_ns: int) -> None:
-        for piece in self._layout(attempt, writer.schemas[rows.schema_id]):
+    def _reduce(self, writer: Writer, attempt: _Attempt, rows: Rows, late_to: int, now_ns: int) -> int:
+        """Put the values into their windows; return how many were refused, since the run has too many names."""
+        pieces, num_refused = self._layout(attempt, writer.schemas[rows.schema_id])
+        for piece in pieces:
             part = rows if piece.sources is None else rows.columns(piece.sources)
             piece.panel.add(writer.info.rank, part, piece.columns, late_to, now_ns, self.num_entries)
+        return num_refused * len(rows.steps)
 
-    def _layout(self, attempt: _Attempt, keys: tuple[str, ...]) -> tuple[_Piece, ...]:
+    def _refuse(self, writer: Writer, num_values: int, time_unix_ns: int) -> None:
+        if not any(w.num_refused for w in self.writers.values()):
+            limit = self.options.max_keys
+            message = f"the run has {limit} names (max_keys): values under others are dropped, first of rank"
+            self._event(writer, time_unix_ns, "key_limit", "warning", f"{message} {writer.info.rank}")
+        writer.num_refused += num_values
+        writer.drops["run_key_limit"] = writer.num_refused
+        self._effects.writers[writer.writer_id] = writer
+
+    def _layout(self, attempt: _Attempt, keys: tuple[str, ...]) -> _Layout:
         layout = attempt.layouts.get(keys)
         if layout is None:
+            if len(attempt.layouts) >= _MAX_LAYOUTS:
+                attempt.layouts.clear()
             layout = attempt.layouts[keys] = self._make_layout(attempt, keys)
         return layout
 
-    def _make_layout(self, attempt: _Attempt, keys: tuple[str, ...]) -> tuple[_Piece, ...]:
+    def _make_layout(self, attempt: _Attempt, keys: tuple[str, ...]) -> _Layout:
         rows = [self._key(name) for name in keys]
         fresh = [row for row in rows if row is not None and row.key_id not in attempt.home]
         if fresh:
@@ -396,7 +435,7 @@ class Pipeline:
             is_whole = columns == list(range(len(panel.key_ids)))
             is_all = sources == list(range(len(keys)))
             pieces.append(_Piece(panel, None if is_whole else tuple(columns), None if is_all else tuple(sources)))
-        return tuple(pieces)
+        return _Layout(tuple(pieces), rows.count(None))
 
     def _panel(self, attempt: _Attempt, rows: Sequence[KeyRow], emitted_to: int | None = None) -> Panel:
         return Panel(
@@ -413,7 +452,6 @@ class Pipeline:
         row = self.keys.get(name)
         if row is None:
             if len(self.keys) >= self.options.max_keys:
-                self.key_overflow += 1
                 return None
             reduce, replicated = self._definition(name)
             row = self.keys[name] = KeyRow(len(self.keys) + 1, name, reduce, replicated)
@@ -433,6 +471,7 @@ class Pipeline:
         message = record.message or {}
         if record.kind == KIND_SCHEMA:
             keys = tuple(str(key) for key in message["keys"])
+            keys = self._names_of.setdefault(keys, keys)
             writer.schemas[int(message["id"])] = keys
             self._effects.schemas.append((writer.writer_id, int(message["id"]), keys))
             return
@@ -537,7 +576,11 @@ class Pipeline:
         _see(writer, now_ns)
         self.node_seen_ns[writer.info.node_id] = now_ns
         writer.backlog_bytes = backlog_bytes
-        known = {**drops, "lost_records": writer.num_lost} if writer.num_lost else dict(drops)
+        known = dict(drops)
+        if writer.num_lost:
+            known["lost_records"] = writer.num_lost
+        if writer.num_refused:
+            known["run_key_limit"] = writer.num_refused
         if known != writer.drops:
             writer.drops = known
             self._effects.writers[writer.writer_id] = writer
@@ -702,14 +745,13 @@ class Pipeline:
             silent=attempt.watermark.silent(now_ns),
         )
         is_over = at_once or all(writer.has_ended for writer in attempt.members)
+        is_past = is_over and attempt.number != self.attempt
+        max_open = self._max_open(attempt)
         for panel in attempt.panels:
-            emission = panel.close_ready(
-                watermark,
-                ranks,
-                now_ns,
-                at_once=at_once or (is_over and attempt.number != self.attempt),
-                max_open=self.options.max_open,
-            )
+            panel.keep_closed = min(KEEP_CLOSED, max_open)
+            emission = panel.close_ready(watermark, ranks, now_ns, at_once=at_once or is_past, max_open=max_open)
+            if is_past:
+                panel.shrink()
             if emission is None:
                 continue
             self._effects.emissions.append((attempt.number, emission))
@@ -719,6 +761,11 @@ class Pipeline:
                 self._effects.events.append(
                     EventRow(attempt.number, None, step, "disagreement", "warning", message, "{}", time_unix_ns)
                 )
+
+    def _max_open(self, attempt: _Attempt) -> int:
+        """Return how many windows each panel may have open, so that all of them together stay below max_cells."""
+        width = sum(panel.width for panel in attempt.panels)
+        return min(self.options.max_open, max(_MIN_OPEN, self.options.max_cells // max(1, width)))
 
     def _note_nonfinite(self, attempt: _Attempt, emission: Emission, time_unix_ns: int) -> None:
         """Put an event on the run for the first NaN or Inf of each key."""
@@ -783,8 +830,12 @@ class Pipeline:
             for panel in attempt.panels:
                 if panel.stale_since_ns is None:
                     continue
-                if at_once or now_ns - panel.stale_since_ns >= self.options.late_ns:
-                    result.append(Stale(attempt.number, panel.key_ids, frozenset(panel.stale_steps)))
+                most = max(_MIN_OPEN, self.options.max_cells // max(1, panel.width))  # one derivation's memory
+                is_due = now_ns - panel.stale_since_ns >= self.options.late_ns
+                if at_once or is_due or len(panel.stale_steps) >= min(most, _MAX_STALE):
+                    steps = sorted(panel.stale_steps)
+                    parts = (frozenset(steps[i : i + most]) for i in range(0, len(steps), most))
+                    result += [Stale(attempt.number, panel.key_ids, part) for part in parts]
                     panel.stale_steps.clear()
                     panel.stale_since_ns = None
             redefined = tuple(key_id for key_id in self._redefined if key_id in attempt.home)

@@ -204,6 +204,7 @@ class RunStore:
             schemas=schemas.get(writer_id, {}),
             drops=drops.get(writer_id, {}),
             num_lost=drops.get(writer_id, {}).get("lost_records", 0),
+            num_refused=drops.get(writer_id, {}).get("run_key_limit", 0),
             num_values=num_values,
         )
 
