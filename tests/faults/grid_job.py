@@ -1,38 +1,52 @@
-"""A job whose every value is known: N steps x K keys on R ranks, paced by the test, and its check in whole columns.
+"""A job whose every value is known: N steps of numbered keys on R ranks, paced by the test, checked in whole columns.
 
-value(rank, step, key) is a whole number, different for every triple, so that a lost, doubled, swapped or mixed value
-shows in n, mean, min or max, and every mean is exact. The ranks log only as far as the test has allowed: training
-lasts as long as the faults do, however slow the machine is.
+value(rank, step, number) is a whole number, different for every triple, and every mean and sum of them is exact: what
+is lost, doubled, swapped or mixed shows in n, value, min or max. Keys with an odd number are sums, so that a record
+that is taken twice shows too. Step s has the keys of family s % F. The ranks log only as far as the test has allowed:
+training lasts as long as the faults do, however slow the machine is.
 """
 
+from __future__ import annotations
+
+import json
 import os
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from system.jobs import Job
 
+CELLS = 100
+"""Numbers are below it: a step and a number make a cell."""
 RANK_STRIDE, KEY_STRIDE = 3, 40
-"""Steps lie KEYS * KEY_STRIDE apart; at most 13 ranks."""
+"""At most 13 ranks."""
 
 SCRIPT = """
-import os, struct, sys, time
+import json, os, struct, sys, time
 import ddplog
-rank, num_steps, num_keys = int(os.environ["RANK"]), int(sys.argv[1]), int(sys.argv[2])
+rank, num_steps, pause_s, patience_s = int(os.environ["RANK"]), int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
 allowed = os.open("allowed", os.O_RDONLY)
-keys = [f"key_{key:03}" for key in range(num_keys)]
-offsets = [float(key * 40 + rank * 3) for key in range(num_keys)]
+families = json.loads(sys.argv[4])
+keys = [[f"{'sum' if number % 2 else 'key'}_{number:03}" for number in family] for family in families]
+offsets = [[float(number * 40 + rank * 3) for number in family] for family in families]
 run = ddplog.init()
+run.define_metric("sum_*", reduce="sum")
 most = 0
 for step in range(num_steps):
+    until = None
     while step >= most:
         (most,) = struct.unpack("<q", os.pread(allowed, 8, 0))
         if step >= most:
+            until = until or time.monotonic() + patience_s
+            if patience_s and time.monotonic() > until:
+                break
             time.sleep(0.002)
-    base = float(step * num_keys * 40)
-    run.log({key: base + offset for key, offset in zip(keys, offsets)}, step=step)
-    time.sleep(0.002)
+    base, family = float(step * 4000), step % len(families)
+    run.log({key: base + offset for key, offset in zip(keys[family], offsets[family])}, step=step)
+    if pause_s:
+        time.sleep(pause_s)
 """
 
 
@@ -43,66 +57,100 @@ class Grid:
         job: Its folder.
         ranks: R.
         steps: N.
-        keys: K.
+        families: F lists of numbers below CELLS, each in one of them only.
+        pause_s: After every step, seconds.
+        patience_s: A rank that has waited so long logs a step all the same, as training does: it is log() that looks
+            after the agent. 0: it waits.
     """
 
-    def __init__(self, job: Job, *, ranks: int, steps: int, keys: int) -> None:
-        self.job, self.ranks, self.steps, self.keys = job, ranks, steps, keys
+    def __init__(
+        self,
+        job: Job,
+        *,
+        ranks: int,
+        steps: int,
+        families: Sequence[Sequence[int]],
+        pause_s: float = 0.002,
+        patience_s: float = 0.0,
+    ) -> None:
+        self.job, self.ranks, self.steps, self.families = job, ranks, steps, families
+        self._waits = (str(pause_s), str(patience_s))
         self._allowed = job.folder / "allowed"
         self.allow(0)
 
     @property
-    def values(self) -> int:
-        return self.ranks * self.steps * self.keys
+    def records(self) -> int:
+        return self.ranks * self.steps
 
     @property
     def points(self) -> int:
-        return self.steps * self.keys
+        return sum(len(self._steps(index)) * len(family) for index, family in enumerate(self.families))
 
-    def allow(self, part: float) -> None:
-        """Let the ranks go on to this part of their steps."""
+    @property
+    def values(self) -> int:
+        return self.ranks * self.points
+
+    def _steps(self, family: int) -> np.ndarray:
+        return np.arange(family, self.steps, len(self.families))
+
+    def allow(self, steps: float) -> None:
+        """Let the ranks go on to this step."""
         descriptor = os.open(self._allowed, os.O_WRONLY | os.O_CREAT, 0o600)
-        os.pwrite(descriptor, struct.pack("<q", round(part * self.steps)), 0)
+        os.pwrite(descriptor, struct.pack("<q", min(round(steps), self.steps)), 0)
         os.close(descriptor)
 
     def start(self, **environ: str) -> subprocess.Popen[str]:
         """Start the ranks; however slow the machine is, none is left out of a step, so each is emitted once."""
-        words = (self.job.script(SCRIPT), str(self.steps), str(self.keys))
-        return self.job.start(*self.job.ranks(self.ranks, *words), DDPLOG_GRACE_S="600", **environ)
+        words = (self.job.script(SCRIPT), str(self.steps), *self._waits, json.dumps(self.families))
+        return self.job.start(*self.job.ranks(self.ranks, *words), DDPLOG_GRACE_S="3600", **environ)
 
-    def value(self, rank: int, key: int) -> np.ndarray:
-        """Return what a rank logged under a key, [N]."""
-        return np.arange(self.steps) * float(self.keys * KEY_STRIDE) + key * KEY_STRIDE + rank * RANK_STRIDE
+    def reduced(self, cells: np.ndarray) -> np.ndarray:
+        """Return the value that the points of these cells, step * CELLS + number, must have."""
+        means = cells * float(KEY_STRIDE) + RANK_STRIDE * (self.ranks - 1) / 2
+        return np.asarray(means * np.where(cells % 2, self.ranks, 1))
 
-    def check_store(self, timeout_s: float = 120.0) -> None:
+    def check_store(self, timeout_s: float) -> None:
         """The store has every point once, from all ranks, with the exact values, and no other; nothing was dropped."""
         with self.job.open(timeout_s) as run:
-            assert run.keys() == tuple(f"key_{key:03}" for key in range(self.keys))
-            for key, name in enumerate(run.keys()):
-                points = run.metric(name)
-                assert np.array_equal(points.step, np.arange(self.steps)), f"{name}: a step is missing, or there twice"
-                assert (points.n == self.ranks).all(), f"{name}: n is not {self.ranks} everywhere"
-                assert (points.revision == 0).all(), f"{name}: emitted again"
-                means = np.mean([self.value(rank, key) for rank in range(self.ranks)], axis=0)
-                assert np.array_equal(points.value, means), f"{name}: a wrong value"
-                assert np.array_equal(points.min, self.value(0, key)), f"{name}: a wrong minimum"
-                assert np.array_equal(points.max, self.value(self.ranks - 1, key)), f"{name}: a wrong maximum"
+            numbers = sorted(number for family in self.families for number in family)
+            assert set(run.keys()) == set(map(name_of, numbers))
+            for index, family in enumerate(self.families):
+                steps = self._steps(index)
+                for number in family:
+                    points, cells, name = run.metric(name_of(number)), steps * CELLS + number, name_of(number)
+                    assert np.array_equal(points.step, steps), f"{name}: a step is missing, or there twice"
+                    assert (points.n == self.ranks).all(), f"{name}: n is not {self.ranks} everywhere"
+                    assert (points.revision == 0).all(), f"{name}: emitted again"
+                    assert np.array_equal(points.value, self.reduced(cells)), f"{name}: a wrong value"
+                    lowest = cells * float(KEY_STRIDE)
+                    assert np.array_equal(points.min, lowest), f"{name}: a wrong minimum"
+                    highest = lowest + RANK_STRIDE * (self.ranks - 1)
+                    assert np.array_equal(points.max, highest), f"{name}: a wrong maximum"
             assert run.num_points == self.points
             assert run.drops() == ()
             assert (run.status, run.detail) == ("finished", "")
             assert sorted(writer.rank for writer in run.writers()) == list(range(self.ranks))
-            assert sum(writer.num_values for writer in run.writers()) == self.values
+            definitions = self.ranks
+            assert sum(writer.num_values for writer in run.writers()) == self.values + definitions
 
     def check_jsonl(self) -> None:
-        """The JSONL sink's file has every point once, in id order, and with the same values."""
+        """The JSONL sink's file has every point once, in the order of ids, and with the same values."""
         lines = read_points(self.job.run_dir / "sinks" / "jsonl" / "r1.jsonl")
-        assert len(lines["id"]) == self.points, "lost or doubled"
-        assert (np.diff(lines["id"]) > 0).all(), "not in id order, or twice"
-        assert (lines["n"] == self.ranks).all()
-        cells = lines["step"] * self.keys + lines["key"]
-        assert np.array_equal(np.sort(cells), np.arange(self.points)), "a point twice, and another one missing"
-        means = np.mean([rank * RANK_STRIDE for rank in range(self.ranks)])
-        assert np.array_equal(lines["value"], cells * float(KEY_STRIDE) + means), "a wrong value"
+        assert (np.diff(lines["id"]) > 0).all(), "not in the order of ids, or one twice"
+        self.check_cells(lines["step"] * CELLS + lines["number"], lines["n"], lines["value"])
+
+    def check_cells(self, cells: np.ndarray, counts: np.ndarray, values: np.ndarray) -> None:
+        """What a sink has is every point once, with its value."""
+        wanted = [self._steps(i) * CELLS + number for i, family in enumerate(self.families) for number in family]
+        assert len(cells) == self.points, "lost or doubled"
+        assert np.array_equal(np.sort(cells), np.sort(np.concatenate(wanted))), "a point twice, and another one missing"
+        assert (counts == self.ranks).all()
+        assert np.array_equal(values, self.reduced(cells)), "a wrong value"
+
+
+def name_of(number: int) -> str:
+    """Return a key's name."""
+    return f"{'sum' if number % 2 else 'key'}_{number:03}"
 
 
 def read_points(path: Path) -> dict[str, np.ndarray]:
@@ -112,12 +160,12 @@ def read_points(path: Path) -> dict[str, np.ndarray]:
     import pyarrow.json
 
     fields = {"type": pa.string(), "id": pa.int64(), "key": pa.string(), "step": pa.int64(), "n": pa.int64(),
-              "value": pa.float64(), "revision": pa.int64()}  # fmt: skip
+              "value": pa.float64()}  # fmt: skip
     table = pa.json.read_json(
         path,
         pa.json.ReadOptions(block_size=8 << 20),
         pa.json.ParseOptions(explicit_schema=pa.schema(fields.items()), unexpected_field_behavior="ignore"),
     )
     table = table.filter(pa.compute.equal(table["type"], "point"))
-    keys = pa.compute.utf8_slice_codeunits(table["key"], 4).cast(pa.int64()).to_numpy()
-    return {"key": keys, **{name: table[name].to_numpy() for name in ("id", "step", "n", "value", "revision")}}
+    numbers = pa.compute.utf8_slice_codeunits(table["key"], 4).cast(pa.int64()).to_numpy()
+    return {"number": numbers, **{name: table[name].to_numpy() for name in ("id", "step", "n", "value")}}

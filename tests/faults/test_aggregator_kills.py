@@ -79,14 +79,14 @@ def kill_aggregators(job, kills, steps):
     seed = chance.getrandbits(32)
     chance.seed(seed)
     print("seed", seed)
-    grid = Grid(job, ranks=NUM_RANKS, steps=steps, keys=NUM_KEYS)
+    grid = Grid(job, ranks=NUM_RANKS, steps=steps, families=[list(range(NUM_KEYS))])
     process = grid.start(DDPLOG_SINKS="jsonl", DDPLOG_SEGMENT_BYTES=str(1 << 20))
     killer = Killer(job, chance)
     try:
         for kill in range(1, kills + 1):
-            grid.allow(0.99 * kill / kills)  # not all of it: the run may not end before its last kill
+            grid.allow(0.99 * steps * kill / kills)  # not all of it: the run may not end before its last kill
             killer.kill_one()
-        grid.allow(1)
+        grid.allow(steps)
         job.end(process, timeout_s=300)
     except BaseException:
         print(killer.seen, job.logs())

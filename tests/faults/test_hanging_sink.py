@@ -46,16 +46,16 @@ def hang(job, hang_s, steps):
     project = Project(is_keyed=True)
     with Tracker({"hangs": project}).serving() as address:
         spec = f"tracker://{address}/hangs"
-        grid = Grid(job, ranks=NUM_RANKS, steps=steps, keys=NUM_KEYS)
+        grid = Grid(job, ranks=NUM_RANKS, steps=steps, families=[list(range(NUM_KEYS))])
         job.environ |= {"PYTHONPATH": f"{SOURCE}:{install_plugin(job.folder)}", "TRACKER_TIMEOUT_S": "600"}
         process = grid.start(DDPLOG_SINKS=f"jsonl,{spec}")
         folder, other = (job.run_dir / "sinks" / parse_spec(name).folder_name for name in (spec, "jsonl"))
         try:
-            grid.allow(0.1)
+            grid.allow(0.1 * steps)
             wait_until(lambda: read_cursor(folder), 60)
             project.is_hanging.set()
             wait_until(lambda: project.seen["hung"], 60)
-            grid.allow(0.95)  # the run does not end while it is looked at
+            grid.allow(0.95 * steps)  # the run does not end while it is looked at
             cursor = read_cursor(folder)
             largest = watch(job, lambda: read_cursor(other) >= 0.9 * grid.points, hang_s)
             print(f"WAL at most {largest:,} bytes, store {(job.run_dir / 'run.db').stat().st_size:,}")
@@ -64,7 +64,7 @@ def hang(job, hang_s, steps):
             assert project.seen["hung"] == 1, "it is asked once"
             project.is_hanging.clear()
             project.was_released.set()
-            grid.allow(1)
+            grid.allow(steps)
             job.end(process, timeout_s=300)
             grid.check_store(300)
         except BaseException:

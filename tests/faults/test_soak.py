@@ -1,0 +1,174 @@
+"""The soak: millions of records with a fault every few seconds, and what becomes of each process's memory meanwhile.
+
+Faults: kill -9 of the aggregator, the agent or a forwarder, and an aggregator that stands still for two seconds.
+"""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from faults.grid_job import Grid
+from faults.soak_watch import Watch
+
+from ddplog.errors import DdplogError
+from ddplog.store.reader import open_run
+
+pytestmark = pytest.mark.system
+
+FAULTS = {"kill aggregator": 2, "kill agent": 2, "kill forwarder": 3, "stop aggregator": 3}
+"""What happens, and how often of ten times."""
+FAMILIES = [[family * 10 + place for place in range(family)] for family in range(1, 6)]
+"""Records of one to five keys, in turn."""
+LOOK_S = 0.25
+AHEAD = 40_000
+"""Steps that the ranks may be ahead of the store: enough that they go on while it stands still."""
+MOST_MB_PER_MILLION = 1.0
+MOST_FDS, MOST_THREADS, MOST_MB = 100, 20, 400
+MORE_FDS = 2
+"""One file more may be open for a moment when it is looked: a state, a cursor, a new segment."""
+
+
+class Faults:
+    """Does harm every few seconds.
+
+    Args:
+        watch: Knows the processes.
+        chance: Of what and when.
+        every_s: The mean time between two.
+        stop_s: How long it stands still.
+    """
+
+    def __init__(self, watch, chance, every_s, stop_s):
+        self._watch, self._chance, self._every_s, self._stop_s = watch, chance, every_s, stop_s
+        self.seen = Counter()
+        self._stopped = None
+        self._next = time.monotonic() + every_s
+
+    def go_on(self):
+        now = time.monotonic()
+        if now < self._next:
+            return
+        if self._stopped is not None:
+            with suppress(psutil.NoSuchProcess):
+                self._stopped.send_signal(signal.SIGCONT)
+            self._stopped = None
+        else:
+            (what,) = self._chance.choices(list(FAULTS), list(FAULTS.values()))
+            self._do(what)
+        wait_s = self._stop_s if self._stopped is not None else self._every_s * self._chance.uniform(0.3, 1.7)
+        self._next = now + wait_s
+
+    def _do(self, what):
+        verb, role = what.split()
+        alive = self._watch.alive(role)
+        if not alive:
+            return
+        process = self._chance.choice(alive)
+        with suppress(psutil.NoSuchProcess):
+            if verb == "kill":
+                process.kill()
+            else:
+                process.suspend()
+                self._stopped = process
+            self.seen[what] += 1
+
+    def end(self):
+        if self._stopped is not None:
+            with suppress(psutil.NoSuchProcess):
+                self._stopped.resume()
+
+
+def stored(run_dir, ranks):
+    """Return (records in the store, steps that every rank has there)."""
+    try:
+        with open_run(run_dir) as run:
+            counts = [writer.next_seq for writer in run.writers()]
+    except DdplogError:
+        return 0, 0
+    return sum(counts), min(counts) if len(counts) == ranks else 0
+
+
+def soak(job, *, ranks, steps, least, every_s, stop_s, timeout_s, warm_up_s, warm_up_records):
+    """Run it; `least`: so many faults happen before it ends."""
+    seed = random.SystemRandom().getrandbits(32)
+    print("seed", seed)
+    grid = Grid(job, ranks=ranks, steps=steps, families=FAMILIES, pause_s=0, patience_s=0.1)
+    watch = Watch(job)
+    faults = Faults(watch, random.Random(seed), every_s, stop_s)
+    process = grid.start(DDPLOG_SINKS="jsonl", DDPLOG_SPOOL_BYTES=str(64 << 20))
+    began, shown = time.monotonic(), 0.0
+    try:
+        while process.poll() is None:
+            assert time.monotonic() < began + timeout_s, "it does not end"
+            num_records, common = stored(job.run_dir, ranks)
+            grid.allow(min(common + AHEAD, steps if faults.seen.total() >= least else 0.95 * steps))
+            watch.look(num_records)
+            faults.go_on()
+            if time.monotonic() > shown + 30:
+                shown = time.monotonic()
+                print(f"{shown - began:6.0f} s {num_records:12,} records", dict(faults.seen), flush=True)
+            time.sleep(LOOK_S)
+        faults.end()
+        job.end(process)
+        job.open(timeout_s).close()
+    except BaseException:
+        faults.end()
+        print(faults.seen, job.logs())
+        raise
+    took_s = time.monotonic() - began
+    trends = watch.trends(warm_up_s, warm_up_records)
+    for role, trend in trends.items():
+        print(f"{role:10} {trend}")
+    print(f"{grid.records:,} records in {took_s:.0f} s; {dict(faults.seen)}", flush=True)
+    keep_rows(watch)
+    grid.check_store(60)
+    grid.check_jsonl()
+    print("lost 0, doubled 0, wrong 0")
+    counts = {"records": grid.records, "points": grid.points, "faults": faults.seen.total()}
+    return trends, counts
+
+
+def keep_rows(watch):
+    """Keep every sample where whoever runs it by hand says."""
+    path = os.environ.get("DDPLOG_SOAK_SAMPLES")
+    if path:
+        rows = [
+            f"{role},{pid},{s.age_s:.2f},{s.num_records},{s.rss_mb:.3f},{s.num_fds},{s.num_threads}"
+            for role, pid, s in watch.rows()
+        ]
+        Path(path).write_text("\n".join(rows))
+
+
+@pytest.mark.timeout(300)
+def test_a_short_soak_loses_and_doubles_nothing(job, suite_table):
+    """The same code as at night; too short to say that anything is flat."""
+    trends, counts = soak(
+        job, ranks=4, steps=25_000, least=6, every_s=1, stop_s=0.5, timeout_s=200, warm_up_s=0.5, warm_up_records=0
+    )
+    for role, trend in trends.items():
+        assert max(trend.fds) < MOST_FDS, f"{role}: {trend}"
+        assert max(trend.threads) < MOST_THREADS, f"{role}: {trend}"
+        assert trend.most_mb < MOST_MB, f"{role}: {trend}"
+    suite_table("soak", **counts, lost=0, doubled=0, wrong=0, stuck=0)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+def test_20_million_records_under_faults_leave_memory_descriptors_and_threads_flat(job, suite_table):
+    """Reliability's I9: after warm-up resident memory grows by less than 1 MB per million records in every process."""
+    steps = int(os.environ.get("DDPLOG_SOAK_STEPS", "2500000"))
+    trends, counts = soak(
+        job, ranks=8, steps=steps, least=20, every_s=4, stop_s=2, timeout_s=6000, warm_up_s=5, warm_up_records=300_000
+    )
+    assert set(trends) == {"agent", "aggregator", "forwarder", "rank"}
+    for role, trend in trends.items():
+        assert trend.mb_per_million < MOST_MB_PER_MILLION, f"{role}: {trend}"
+        assert trend.fds[1] <= trend.fds[0] + MORE_FDS, f"{role}: descriptors: {trend}"
+        assert trend.threads[1] <= trend.threads[0], f"{role}: threads: {trend}"
+    suite_table("soak", **counts, lost=0, doubled=0, wrong=0, stuck=0)
