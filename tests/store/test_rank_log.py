@@ -372,18 +372,18 @@ def test_what_fails_late_takes_everything_of_the_call_back(tmp_path, monkeypatch
     """The third of several system calls, in a later file: its predecessors had written theirs."""
     log = RankLog(tmp_path / "ranks", file_bytes=10_000)
     log.extend([row(0)])
-    end, before, writev, calls = log.end, log_bytes(tmp_path / "ranks"), os.writev, []
+    end, before, pwritev, calls = log.end, log_bytes(tmp_path / "ranks"), os.pwritev, []
 
-    def fail(descriptor, buffers):
+    def fail(descriptor, buffers, offset):
         calls.append(len(buffers))
         if len(calls) < 3:
-            return writev(descriptor, buffers)
+            return pwritev(descriptor, buffers, offset)
         if how == "raises":
             raise OSError(28, "no space left on device")
-        return writev(descriptor, buffers[:1])
+        return pwritev(descriptor, buffers[:1], offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "writev", fail)
+        patch.setattr(os, "pwritev", fail)
         with pytest.raises(OSError, match=r"disk|space"):
             log.extend(row(number) for number in range(1, 900))
     assert (log.end, log_bytes(tmp_path / "ranks")) == (end, before)

@@ -42,6 +42,8 @@ class Writer:
     attempt: int
     is_reduced: bool = True
     next_seq: int = 0
+    refill_to: int = 0
+    """Records below it are stored already, and come again because the rank log has lost them."""
     last_seq: int | None = None
     """Seqs below this exist, known from its Bye."""
     state: str = "running"

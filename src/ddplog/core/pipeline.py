@@ -203,7 +203,9 @@ class Pipeline:
 
     def _lose(self, writer: Writer, next_seq: int, why: str, time_unix_ns: int) -> None:
         """Close a gap that nothing can fill: without it, the writer would be asked for it for ever."""
-        self._note_lost(writer, writer.next_seq, next_seq - writer.next_seq, why, time_unix_ns)
+        first_seq = max(writer.next_seq, writer.refill_to)
+        if first_seq < next_seq:
+            self._note_lost(writer, first_seq, next_seq - first_seq, why, time_unix_ns)
         writer.next_seq = next_seq
         self._effects.writers[writer.writer_id] = writer
 
@@ -313,7 +315,13 @@ class Pipeline:
         if decision.skip:
             payload = payload[scan_payload(payload)[decision.skip][0] :]
         count, old_step = num_records - decision.skip, writer.step
-        if count != 1 or not self._single(writer, payload, now_ns):
+        if writer.next_seq < writer.refill_to:
+            num_known = writer.refill_to - writer.next_seq
+            if num_known < count:  # the others are asked for again, to come by themselves
+                decision = Gap(next_seq=writer.refill_to)
+                count, payload = num_known, payload[: scan_payload(payload)[num_known][0]]
+            self._take_again(writer, payload, now_ns)
+        elif count != 1 or not self._single(writer, payload, now_ns):
             self._records(writer, count, payload, now_ns, time_unix_ns)
         self._effects.log.append(
             LogEntry(writer.writer_id, writer.attempt, writer.info.rank, incarnation, writer.next_seq, count, payload)
@@ -342,6 +350,19 @@ class Pipeline:
             else:  # behind a hole in the journal: numbers without names
                 self._note_lost(writer, seq, len(item.steps), "the record of their keys is", time_unix_ns)
             seq += len(item.steps)
+
+    def _take_again(self, writer: Writer, payload: bytes, now_ns: int) -> None:
+        """Take records that the store knows and the rank log has lost: all that is missing is the log itself, and what
+        windows that were open would have had of it.
+        """
+        for item in split(payload, writer.next_seq)[1]:
+            if isinstance(item, Record) or item.schema_id not in writer.schemas:
+                continue
+            if writer.is_reduced:
+                attempt = self.attempts[writer.attempt]
+                self._reduce(writer, attempt, item, max(attempt.closed_to, writer.step - 1), now_ns)
+                attempt.watermark.advance(writer.info.rank, int(item.steps.max()), now_ns)
+            writer.step = max(writer.step, int(item.steps.max()))
 
     def _single(self, writer: Writer, payload: bytes, now_ns: int) -> bool:
         """Take a batch of one record whose keys are a panel's, without making arrays of it; False: it is another.

@@ -2,7 +2,8 @@
 
 Guarantees: commit() returns only when everything in the effects is durable, the rank log first, then one SQLite
 transaction (WAL, synchronous=FULL); what it raises leaves both as they were. One process writes a store: it holds
-`writer.lock` (a POSIX lock) while it lives.
+`writer.lock` (a POSIX lock) while it lives. A rank log that is shorter than the store says is noticed when the store is
+opened, said in an event, and filled again from the ranks' journals as far as those still have it.
 Does not guarantee: anything about sinks; they have cursors of their own.
 """
 
@@ -10,9 +11,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,8 +29,9 @@ from ddplog.core.records import NO_STEP
 from ddplog.errors import ConfigError, DdplogError
 from ddplog.killpoints import reach
 from ddplog.store import schema
-from ddplog.store.rank_log import Position, RankLog, iter_entries
+from ddplog.store.rank_log import Position, RankLog, file_numbers, iter_entries, next_seqs, sync_folder, whole_end
 
+_logger = logging.getLogger("ddplog.store")
 _INSERT_POINT = (
     f"INSERT INTO points ({', '.join(schema.POINT_FIELDS)}) VALUES ({', '.join('?' * len(schema.POINT_FIELDS))})"
 )
@@ -57,14 +62,25 @@ class RunStore:
         except OSError as exc:
             os.close(self._lock)
             raise ConfigError("run_id", run_dir.name, "another aggregator is writing this run") from exc
+        try:
+            self._open(run)
+        except BaseException:
+            if hasattr(self, "_db"):
+                self._db.close()
+            os.close(self._lock)
+            raise
+
+    def _open(self, run: Mapping[str, Any]) -> None:
+        run_dir = self.run_dir
+        is_new = not (run_dir / "run.db").exists()
         self._db = sqlite3.connect(run_dir / "run.db", isolation_level=None)
         os.chmod(run_dir / "run.db", 0o600)
+        self._check_format()
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA wal_autocheckpoint=4000")
         self._db.executescript(schema.SCHEMA)
-        version = self._meta(schema.META_FORMAT)
-        if version is None:
+        if self._meta(schema.META_FORMAT) is None:
             self._db.execute("BEGIN IMMEDIATE")
             self._put_meta(schema.META_FORMAT, schema.FORMAT_VERSION)
             self._put_meta(schema.META_RUN, dict(run))
@@ -72,20 +88,74 @@ class RunStore:
             self._put_meta(schema.META_NEXT_ID, 1)
             self._put_meta(schema.META_STATUS, {"status": "running", "detail": "", "ended_unix_ns": None})
             self._db.execute("COMMIT")
-        elif version != schema.FORMAT_VERSION:
-            self._db.close()
-            os.close(self._lock)
-            raise ConfigError("run_id", run_dir.name, f"its store has format {version}, this ddplog writes format 1")
         self._begin_life()
+        if is_new:
+            sync_folder(run_dir)
+            sync_folder(run_dir.parent)
         self.uuid = bytes.fromhex(self._meta(schema.META_STORE_UUID))
+        self._check_rank_log()
         self._next_id = int(self._meta(schema.META_NEXT_ID))
         self._num_replaced = int(self._meta(schema.META_REPLACED) or 0)
         self._emitted_to = self._read_emitted_to()
         self._unsettled: list[tuple[int, list[int], list[int]]] = self._meta(schema.META_UNSETTLED) or []
-        places = self._meta(schema.META_RANK_LOG) or {"end": [1, 0], "replay_from": [1, 0]}
-        self.replay_from = Position(*places["replay_from"])
-        self.rank_log = RankLog(run_dir / "ranks", Position(*places["end"]))
+        self._refill = {int(key): int(seq) for key, seq in (self._meta(schema.META_REFILL) or {}).items()}
+        places = self._places()
+        self.replay_from = places["replay_from"]
+        self.rank_log = RankLog(run_dir / "ranks", places["end"])
         self.num_points = self._next_id - 1
+        self._has_failed = False
+        """Whether a commit has failed and is still to be taken back."""
+
+    def _check_format(self) -> None:
+        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
+            return
+        version = self._meta(schema.META_FORMAT)
+        if version not in (None, schema.FORMAT_VERSION):
+            what = f"{self.run_dir / 'run.db'}: format {version}; this ddplog reads and writes {schema.FORMAT_VERSION}"
+            raise ConfigError("run_id", self.run_dir.name, what)
+
+    def _places(self) -> Mapping[str, Position]:
+        places = self._meta(schema.META_RANK_LOG) or {"end": [1, 0], "replay_from": [1, 0]}
+        return {name: Position(*place) for name, place in places.items()}
+
+    def _check_rank_log(self) -> None:
+        """Take the rank log as it is, if it is shorter than it was: the journals are asked for the rest.
+
+        What it has lost was acknowledged: its points are stored as far as their steps were closed, and so is everything
+        else. Only the records themselves are needed again, for open windows and for what is derived later, so each
+        writer's next seq goes back, and what comes is not counted twice (META_REFILL).
+        """
+        folder, places = self.run_dir / "ranks", self._places()
+        end = whole_end(folder, places["replay_from"], places["end"])
+        if end == places["end"]:
+            return
+        logged = next_seqs(folder, end)
+        left = [number for number in file_numbers(folder) if number <= end.file]
+        is_trimmed = left[:1] > [1]  # then a writer without an entry may have had its last one there
+        rows = self._db.execute("SELECT writer_id, next_seq FROM writers").fetchall()
+        refill = dict(self._meta(schema.META_REFILL) or {})
+        for writer_id, next_seq in rows:
+            if logged.setdefault(writer_id, next_seq if is_trimmed else 0) < next_seq:
+                refill.setdefault(str(writer_id), next_seq)
+        lost = f"{folder} ends at {_show(end)}, and {_show(places['end'])} was stored: cut, damaged, or not what was synced"
+        message = f"{lost}; the journals of {len(refill)} ranks are asked to fill it again"
+        _logger.error("%s", message)
+        replay_from = min(places["replay_from"], end)
+        event_id = int(self._meta(schema.META_NEXT_ID))
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany(
+            "UPDATE writers SET next_seq = ?, step = NULL WHERE writer_id = ?",
+            [(logged[int(writer_id)], int(writer_id)) for writer_id in refill],
+        )
+        self._put_meta(schema.META_RANK_LOG, {"end": list(end), "replay_from": list(replay_from)})
+        self._put_meta(schema.META_REFILL, refill)
+        self._db.execute(
+            "INSERT INTO events (id, attempt, rank, step, kind, level, message, time_unix_ns) "
+            "SELECT ?, COALESCE(MAX(attempt), 0), NULL, NULL, 'damage', 'error', ?, ? FROM attempts",
+            (event_id, message, time.time_ns()),
+        )
+        self._put_meta(schema.META_NEXT_ID, event_id + 1)
+        self._db.execute("COMMIT")
 
     def _begin_life(self) -> None:
         """Write, and only then read where the rank log ends and cut it there.
@@ -131,7 +201,7 @@ class RunStore:
         for writer_id, reason, count in self._db.execute("SELECT writer_id, reason, count FROM drops").fetchall():
             drops.setdefault(writer_id, {})[reason] = count
         writers = [
-            self._writer(row, schemas, drops)
+            self._writer(row, schemas, drops, self._refill.get(row[0], 0))
             for row in self._db.execute(
                 "SELECT writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, boot_id, "
                 "started_unix_ns, next_seq, step, state, is_reduced, finish_status, num_values, exit_code, signal, detail, "
@@ -169,7 +239,10 @@ class RunStore:
 
     @staticmethod
     def _writer(
-        row: tuple[Any, ...], schemas: Mapping[int, dict[int, tuple[str, ...]]], drops: Mapping[int, dict[str, int]]
+        row: tuple[Any, ...],
+        schemas: Mapping[int, dict[int, tuple[str, ...]]],
+        drops: Mapping[int, dict[str, int]],
+        refill_to: int,
     ) -> Writer:
         (writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, boot, started, next_seq,
          step, state, is_reduced, finish_status, num_values, exit_code, signal, detail, ended) = row  # fmt: skip
@@ -192,7 +265,8 @@ class RunStore:
             attempt=attempt,
             is_reduced=bool(is_reduced),
             next_seq=next_seq,
-            last_seq=next_seq if has_ended else None,
+            refill_to=refill_to,
+            last_seq=max(next_seq, refill_to) if has_ended else None,
             state=state,
             said_finish=bool(finish_status),
             finish_status=finish_status,
@@ -230,6 +304,8 @@ class RunStore:
         before = self.rank_log.end
         next_id, num_points, num_replaced = self._next_id, self.num_points, self._num_replaced
         try:
+            if self._has_failed:
+                self._roll_back()
             positions = self.rank_log.extend(effects.log)
             if positions:
                 reach("aggregator.after_log_append")
@@ -246,18 +322,31 @@ class RunStore:
             rows = [(stale.attempt, list(stale.key_ids), sorted(stale.steps or ())) for stale in effects.unsettled]
             if rows != self._unsettled:
                 self._put_meta(schema.META_UNSETTLED, rows)
+            refill = {
+                writer_id: seq
+                for writer_id, seq in self._refill.items()
+                if writer_id not in effects.writers or effects.writers[writer_id].next_seq < seq
+            }
+            if refill != self._refill:
+                self._put_meta(schema.META_REFILL, refill)
             reach("aggregator.before_sql_commit")
             self._db.execute("COMMIT")
-            self._unsettled = rows
+            self._unsettled, self._refill = rows, refill
         except BaseException as exc:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+            self._has_failed = True
             self.rank_log.rewind(before)
             self._next_id, self.num_points, self._num_replaced = next_id, num_points, num_replaced
-            self._emitted_to = self._read_emitted_to()
+            with suppress(sqlite3.Error):  # else the next commit begins with it
+                self._roll_back()
             if isinstance(exc, (OSError, sqlite3.Error)):
                 raise StoreError(f"{self.run_dir}: {exc}") from exc
             raise
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+        self._emitted_to = self._read_emitted_to()
+        self._has_failed = False
 
     def _write(self, effects: Effects, time_unix_ns: int) -> None:
         db = self._db
@@ -447,6 +536,10 @@ class RunStore:
 
     def __repr__(self) -> str:
         return f"<RunStore {self.run_dir} next_id={self._next_id} {self.rank_log!r}>"
+
+
+def _show(place: Position) -> str:
+    return f"byte {place.offset} of file {place.file}"
 
 
 def _ranks(column: Any) -> list[int | None]:

@@ -8,6 +8,8 @@ row moves to `superseded` (same id as before) and the new one takes a new id and
 that cannot overwrite takes the rows with revision 0 of both tables.
 
 NaN is NULL. Times are wall clock, nanoseconds since 1970, and are payload only.
+
+Format 1 is the first that was released. A store of a newer format is refused before anything is written to it.
 """
 
 from __future__ import annotations
@@ -117,4 +119,7 @@ META_STATUS: Final = "status"  # {"status", "detail", "ended_unix_ns"}
 META_VERDICT: Final = "verdict"  # [status, detail] the launcher gave; the status once everything is stored
 META_UNSETTLED: Final = "unsettled"  # [[attempt, [key_id], [step]]]: points that were about to change
 META_RANK_LOG: Final = "rank_log"  # {"end": [file_no, offset], "replay_from": [file_no, offset]}
+META_REFILL: Final = (
+    "refill"  # {writer_id: seq}: those below it, from next_seq on, are to be logged again (rank log cut)
+)
 META_WATERMARK: Final = "watermark"  # {attempt: step}
