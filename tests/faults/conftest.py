@@ -1,3 +1,6 @@
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,3 +14,12 @@ def job(tmp_path: Path) -> Iterator[Job]:
     job = Job(tmp_path)
     yield job
     job.close()
+
+
+@pytest.fixture
+def shm_path() -> Iterator[Path]:
+    """A folder in memory, if there is one for files: thousands of trials make tens of thousands of them."""
+    has_memory = os.access("/dev/shm", os.W_OK | os.X_OK)
+    path = Path(tempfile.mkdtemp(prefix="ddplog-test-", dir="/dev/shm" if has_memory else None))
+    yield path
+    shutil.rmtree(path)

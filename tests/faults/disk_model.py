@@ -77,13 +77,22 @@ class Disk:
 
     @contextlib.contextmanager
     def watching(self):
-        """Stand in for the kernel's syncs."""
-        real = os.fsync, os.fdatasync
+        """Stand in for the kernel's syncs, and see what is cut off."""
+        real = os.fsync, os.fdatasync, os.ftruncate
+
+        def truncate(descriptor, size):
+            real[2](descriptor, size)
+            self.look()
+            file = self.files.get(os.fstat(descriptor).st_ino)
+            if file is not None and size < len(file.clean):
+                file.clean = file.clean[: size - size % PAGE]  # what is written there again is dirty again
+
         os.fsync = os.fdatasync = self._sync
+        os.ftruncate = truncate
         try:
             yield self
         finally:
-            os.fsync, os.fdatasync = real
+            os.fsync, os.fdatasync, os.ftruncate = real
 
     def look(self):
         """See which names have come and gone."""

@@ -8,9 +8,7 @@ pipeline, which knows what it had been sent before the cut, or is new itself. Th
 import contextlib
 import random
 import shutil
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from faults.disk_model import Disk
@@ -349,18 +347,6 @@ def _declared(events):
     return seqs
 
 
-@pytest.fixture
-def folder():
-    """In memory, if there is room for files there: 3,000 trials make 40,000 of them."""
-    base = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    try:
-        path = Path(tempfile.mkdtemp(prefix="ddplog-power-", dir=base))
-    except OSError:
-        path = Path(tempfile.mkdtemp(prefix="ddplog-power-"))
-    yield path
-    shutil.rmtree(path)
-
-
 def run(seed, folder, monkeypatch, *, fails):
     root = folder / str(seed)
     root.mkdir()
@@ -404,13 +390,13 @@ def run_many(trials, folder, monkeypatch, suite_table):
 
 
 @pytest.mark.timeout(300)
-def test_a_power_cut_takes_nothing_synced_and_hides_nothing(folder, monkeypatch, suite_table):
+def test_a_power_cut_takes_nothing_synced_and_hides_nothing(shm_path, monkeypatch, suite_table):
     """Reliability cases 16 and 17."""
-    run_many(TRIALS, folder, monkeypatch, suite_table)
+    run_many(TRIALS, shm_path, monkeypatch, suite_table)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(7200)
-def test_many_power_cuts_take_nothing_synced_and_hide_nothing(folder, monkeypatch, suite_table):
+def test_many_power_cuts_take_nothing_synced_and_hide_nothing(shm_path, monkeypatch, suite_table):
     """Reliability cases 16 and 17."""
-    run_many(NIGHTLY_TRIALS, folder, monkeypatch, suite_table)
+    run_many(NIGHTLY_TRIALS, shm_path, monkeypatch, suite_table)

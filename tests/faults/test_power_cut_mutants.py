@@ -25,11 +25,6 @@ def mutant(plant):
     return plant
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path
-
-
 @mutant
 def a_journal_ends_at_its_first_hole(patch):
     patch.setattr(JournalReader, "_pass_hole", lambda self: False)
@@ -158,14 +153,14 @@ def numbers_without_names_are_not_counted(patch):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_planted_bug_is_caught(name, folder, monkeypatch, suite_table):
+def test_a_planted_bug_is_caught(name, shm_path, monkeypatch, suite_table):
     """Reliability cases 16 and 17."""
     MUTANTS[name](monkeypatch)
     monkeypatch.setattr(power_cut, "MANY", 60)
     for seed in range(TRIALS):
         with pytest.MonkeyPatch.context() as patch:
             try:
-                power_cut.run(seed, folder, patch, fails=seed % 3 == 0)
+                power_cut.run(seed, shm_path, patch, fails=seed % 3 == 0)
             except (AssertionError, ValueError) as exc:  # ValueError: the pipeline's own check
                 print(f"seed {seed}: {exc!r}"[:300])
                 break
