@@ -365,3 +365,19 @@ def test_what_is_left_of_a_journal_can_be_read_without_its_beginning(tmp_path):
     assert chunk.first_seq == reader.oldest_seq == first.seq
     assert first.kind == KIND_SCHEMA
     assert {record.schema_id for record in rest} == {first.message["id"]}
+
+
+def test_the_spool_is_counted_in_bytes_also_where_segments_hold_a_giant_record(tmp_path):
+    """Reliability case 21: a record may be four times a segment; the limit is on the disk, not on a number of files."""
+    writer = make_writer(tmp_path / "j", spool_bytes=1024 * 1024)
+    with pytest.raises(JournalFullError) as caught:  # noqa: PT012 - which of them is the first is not the point
+        for _ in range(100):
+            writer.append_message({"type": "text", "key": "k", "text": "x" * 200_000})
+    assert caught.value.reason == "spool_full"
+    held = sum(path.stat().st_size for path in (tmp_path / "j").glob("*.seg"))
+    assert 1024 * 1024 - 300_000 < held <= 1024 * 1024
+    for number in layout.segment_numbers(str(tmp_path / "j"))[:-1]:
+        (tmp_path / "j" / layout.segment_name(number)).unlink()  # as the agent does with what is stored
+    writer._retry_at_ns = 0
+    for _ in range(3):
+        writer.append_message({"type": "text", "key": "k", "text": "x" * 200_000})

@@ -645,3 +645,60 @@ def test_a_run_that_is_off_has_every_method_of_one_that_is_on():
     inert = {name for name in public if name not in vars(NullRun)}
 
     assert inert <= {"define_metric", "log_params"}  # both end in _message(), which does nothing
+
+
+class Sparse(dict):
+    """A user's mapping that cannot be looked through twice."""
+
+    def values(self):
+        raise RuntimeError("once is enough")
+
+
+@pytest.mark.parametrize(
+    ("call", "stored", "drops"),
+    [
+        (lambda run: run.log({"a": 1.0, "b": 2.0, "c": 3.0}, step="x"), 0, {"bad_step": 3}),
+        (lambda run: run.log({"a": 1.0, "b": "no", "c": {"d": None, "e": 2}}, step=0), 2, {"bad_value": 2}),
+        (lambda run: run.log({"a/b": 1.0, "a": {"b": 2.0, "c": 3.0}}, step=0), 2, {"bad_key": 1}),
+        (lambda run: run.log({"a": 1.0, "b": 2.0}, step=0, weight=-1), 2, {"bad_weight": 1}),
+        (lambda run: run.log({f"k{i}": 1.0 for i in range(25)}, step=0), 20, {"key_limit": 5}),
+        (lambda run: run.log([1.0, 2.0]), 0, {"bad_value": 1}),
+        (lambda run: run.log_text("a", "x" * (1 << 20)), 0, {"record_too_large": 1}),
+        (lambda run: [run.finish(), run.log({"a": {"b": 1, "c": 2}, "d": 3.0}), run.log_text("a", "b")], 1,
+         {"after_finish": 4}),
+        (lambda run: [run.finish(), run.log(Sparse(a=1.0))], 1, {"after_finish": 1}),
+    ],
+)  # fmt: skip
+def test_every_value_is_stored_or_dropped_once(make_run, call, stored, drops):
+    """The delivery audit: logged = stored + dropped. A bad weight costs no value, and so is no drop in that sum."""
+    run = make_run(max_keys=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call(run)
+    assert run.drops == drops
+    found = [record for record in records(run) if record.kind != KIND_SCHEMA]
+    assert sum(len(record.values) if record.kind == KIND_SCALARS else 1 for record in found) == stored
+
+
+def test_a_record_that_fits_in_part_drops_the_rest_only(make_run):
+    """A call of 1000 values is two records; the disk may be full for the second one."""
+    run = make_run(max_keys=8000, segment_bytes=64 * 1024, spool_bytes=64 * 1024)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(20):
+            run.log({f"{number}/{i}": 1.0 for i in range(1000)}, step=0)
+    num_stored = sum(len(record.values) for record in records(run) if record.kind == KIND_SCALARS)
+    assert num_stored % 1000 == 512
+    assert num_stored + run.drops["spool_full"] + run.drops["key_limit"] == 20 * 1000
+
+
+def test_sets_of_names_without_a_step_are_bounded(make_run):
+    """Each is remembered for its count: a script that never logs the same set twice would fill the memory."""
+    run = make_run(max_keys=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(1, 256):
+            run.log({f"k{i}": 1.0 for i in range(8) if number >> i & 1})
+    assert len(run._calls) == 8
+    stored = sum(len(record.values) for record in records(run) if record.kind == KIND_SCALARS)
+    assert stored + run.drops["key_limit"] == 8 * 128

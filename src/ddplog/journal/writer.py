@@ -119,6 +119,8 @@ class JournalWriter:
         self._last_keys: tuple[str, ...] | None = None
         self._last_schema: Schema = _NO_SCHEMA
         self._number = 0
+        self._sizes: dict[int, int] = {}
+        """Bytes of each segment that was there when the newest was made: one that holds a giant record is larger."""
         self._seq = 0
         self._offset = 0
         self._limit = 0
@@ -329,8 +331,9 @@ class JournalWriter:
         path = self.folder / layout.segment_name(self._number + 1)
         new = path.with_suffix(".new")
         try:
-            numbers = layout.segment_numbers(str(self.folder))
-            if self._number and len(numbers) * self._segment_bytes + size > self._spool_bytes:
+            left = set(layout.segment_numbers(str(self.folder)))
+            self._sizes = {number: held for number, held in self._sizes.items() if number in left}
+            if self._number and sum(self._sizes.values()) + size > self._spool_bytes:
                 raise JournalFullError("spool_full")
             new.unlink(missing_ok=True)  # of an attempt that could not even be cleared away
             mapping = _map_new(new, size, least)
@@ -354,6 +357,7 @@ class JournalWriter:
         reach("writer.after_rename")
         self._segment, self._view, self._epoch = mapping, memoryview(mapping), epoch
         self._number += 1
+        self._sizes[self._number] = size
         self._schemas, self._last_keys = {}, None
         self._offset, self._limit, self._size = layout.SEGMENT_HEADER_BYTES, size - _LAST_BYTES, size
 

@@ -115,36 +115,44 @@ class Run:
     def _log_slowly(self, data: Mapping[str, Any], step: int | None, weight: float) -> None:
         journal = self._journal
         if not journal.is_open:
-            self._refuse_closed(data)
+            self._refuse_closed(_size(data))
             return
         if not journal.enter():
             journal.defer(data, step, weight)
             return
         problems: list[BadValueError] = []
+        left: list[int] = []
         try:
-            self._append(data, step, weight, problems)
+            self._append(data, step, weight, problems, left)
         except JournalFullError as exc:
-            journal.drop(exc.reason, _size(data))
+            journal.drop(exc.reason, sum(left) or _size(data))
             self._warn(exc.reason, "the journal's disk is full: values are dropped (counted)")
         except Exception as exc:  # noqa: BLE001 - the edge of the public API: training goes on
-            journal.drop("io_error", _size(data))
+            journal.drop("io_error", sum(left) or _size(data))
             self._warn("io_error", f"log() failed: {exc!r}")
         finally:
             journal.leave()
         for problem in problems:
-            journal.drop(problem.reason)
+            journal.drop(problem.reason, problem.num_values)
             self._warn(problem.reason, str(problem))
         if problems and self._strict:
             raise UsageError("; ".join(map(str, problems[:5])))
 
-    def _append(self, data: Mapping[str, Any], step: int | None, weight: float, problems: list[BadValueError]) -> None:
+    def _append(
+        self, data: Mapping[str, Any], step: int | None, weight: float, problems: list[BadValueError], left: list[int]
+    ) -> None:
+        """Append the values; `left` then holds how many good ones are still to come, should it raise."""
         if not isinstance(data, Mapping):
             what = type(data).__name__
             problems.append(BadValueError("bad_value", f"log() takes a dict of names to numbers, not {what}"))
             return
         numbers = self._known_numbers(data)
         if numbers is None:
-            numbers = dict(self._numbers(data, problems))
+            pairs = list(self._numbers(data, problems))
+            numbers = dict(pairs)
+            if len(numbers) < len(pairs):
+                why = "a nested name and a flat one are the same: the last value counts"
+                problems.append(BadValueError("bad_key", why, len(pairs) - len(numbers)))
         names = tuple(numbers)
         number_of_step = self._step(names, step, problems) if names else None
         if number_of_step is None:
@@ -152,6 +160,7 @@ class Run:
         values, factor = list(numbers.values()), self._weight(weight, problems)
         for start in range(0, len(names), _MAX_KEYS_PER_RECORD):
             part = slice(start, start + _MAX_KEYS_PER_RECORD)
+            left[:] = [len(names) - start]
             self._journal.append_scalars(names[part], values[part], number_of_step, factor)
 
     def _known_numbers(self, data: Mapping[str, Any]) -> dict[str, float] | None:
@@ -206,20 +215,25 @@ class Run:
         if step is not None:
             number = as_int(step)
             if number is None:
-                problems.append(BadValueError("bad_step", f"step={step!r} must be a whole number of 64 bits"))
+                why = f"step={step!r} must be a whole number of 64 bits"
+                problems.append(BadValueError("bad_step", why, len(names)))
             return number
         if self._journal.ambient_step != NO_STEP:
             return self._journal.ambient_step
         known = frozenset(names)
         count = self._calls.get(known, 0)
+        if not count and len(self._calls) >= self._max_keys:
+            why = f"this rank has logged {self._max_keys} different sets of names without a step (max_keys)"
+            problems.append(BadValueError("key_limit", why, len(names)))
+            return None
         self._calls[known] = count + 1
         return count
 
-    def _refuse_closed(self, data: Mapping[str, Any]) -> None:
+    def _refuse_closed(self, num_values: int) -> None:
         if os.getpid() != self._pid:
             self._warn("forked_child", "log() in a forked process is ignored: log in the rank's own process")
             return
-        self._journal.drop("after_finish", _size(data))
+        self._journal.drop("after_finish", num_values)
         self._warn("after_finish", "log() after finish() is ignored (counted)")
 
     def _put_aside(self, call: Callable[[], None]) -> None:
@@ -247,7 +261,7 @@ class Run:
     def _message(self, message: Mapping[str, Any], step: int = NO_STEP, *, is_last: bool = False) -> None:
         journal = self._journal
         if not journal.is_open:
-            self._refuse_closed(message)
+            self._refuse_closed(1)
             return
         if not journal.enter():
             self._put_aside(partial(self._message, message, step, is_last=is_last))
@@ -452,7 +466,10 @@ def describe(kind: type[BaseException], error: BaseException | None) -> str:
 
 
 def _size(data: object) -> int:
+    """Return how many values a call has, nested ones too; 1 of what is no dict."""
+    if not isinstance(data, Mapping):
+        return 1
     try:
-        return max(1, len(data))  # type: ignore[arg-type]
-    except TypeError:
+        return max(1, sum(_size(value) if isinstance(value, Mapping) else 1 for value in data.values()))
+    except Exception:  # noqa: BLE001 - a user's Mapping may raise anything, or hold itself
         return 1

@@ -14,11 +14,18 @@ _MAX_DEPTH: Final = 16
 
 
 class BadValueError(Exception):
-    """A key or value that cannot be logged; `reason` is one of journal.segment.DROP_REASONS."""
+    """A key or value that cannot be logged; `reason` is one of journal.segment.DROP_REASONS.
 
-    def __init__(self, reason: str, message: str) -> None:
+    Args:
+        reason: Why.
+        message: For people.
+        num_values: How many values are not taken because of it.
+    """
+
+    def __init__(self, reason: str, message: str, num_values: int = 1) -> None:
         super().__init__(message)
         self.reason = reason
+        self.num_values = num_values
 
 
 def flatten(
