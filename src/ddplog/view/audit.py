@@ -6,13 +6,16 @@ nobody noticed. Prints nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from ddplog.store.columns import Drop, WriterInfo
     from ddplog.store.reader import Run
+
+TAKEN_ALL_THE_SAME: Final = ("bad_weight",)
+"""Counted beside the drops, but the values are stored, with the weight 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +32,7 @@ class RankAudit:
 
     @property
     def num_dropped(self) -> int:
-        return sum(self.dropped.values())
+        return sum(count for reason, count in self.dropped.items() if reason not in TAKEN_ALL_THE_SAME)
 
     @property
     def logged(self) -> int:

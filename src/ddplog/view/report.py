@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from ddplog.core.stacks import alike, place
 from ddplog.view import series
+from ddplog.view.audit import rank_audits, sink_audits
+from ddplog.view.stacks import stored
 from ddplog.view.text import clean, count, how_ended, interest, moment, number, seconds
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from ddplog.store.columns import Metric, MetricColumns, RankColumns
     from ddplog.store.reader import Run
     from ddplog.store.step_times import RankStepTimes
+    from ddplog.view.audit import SinkAudit
 
 MAX_LINES: Final = 16
 """More ranks than this are drawn as a band with the most extreme ones, not one line each."""
@@ -376,9 +380,9 @@ def _groups(charts: Sequence[_Chart]) -> dict[str, list[tuple[int, _Chart]]]:
 
 
 def _group_order(prefix: str) -> tuple[int, str]:
-    for place, names in enumerate((("train", "training"), ("val", "valid", "validation", "eval", "test"), ("",))):
+    for order, names in enumerate((("train", "training"), ("val", "valid", "validation", "eval", "test"), ("",))):
         if prefix.lower() in names:
-            return place, prefix
+            return order, prefix
     return 3 + interest(f"{prefix}/")[0], prefix
 
 
@@ -467,18 +471,29 @@ def _events_section(run: Run) -> str:
             "" if event.step is None else count(event.step),
             _State(event.kind, event.level),
             event.message,
-            json.dumps(event.data, ensure_ascii=False) if event.data else "",
+            json.dumps(event.data, ensure_ascii=False) if event.data and event.kind != "stack" else "",
         )
         for event in run.events()
     ]
     heads = ("time", "#attempt", "#rank", "#step", "event", "message", "data")
-    return _titled_table("Events", heads, rows) if rows else ""
+    return _titled_table("Events", heads, rows) + _stacks_section(run) if rows else ""
+
+
+def _stacks_section(run: Run) -> str:
+    """Return the last stacks of each rank that were collected, equal ones together, the odd ones first."""
+    found = stored(run)
+    rows = [
+        (", ".join(map(str, ranks)), place(text), _Pre(text))
+        for ranks, text in alike((stack.rank, stack.text) for stack in found if stack.text)
+    ]
+    note = "Where the ranks were when the run hung, or when ddplog stacks asked last. Equal ones are one row."
+    return _titled_table("Python stacks", ("ranks", "main thread", "threads"), rows, note) if rows else ""
 
 
 def _delivery_section(run: Run) -> str:
-    writers, drops = run.writers(), run.drops()
-    stored, lost = sum(w.num_values for w in writers), sum(d.count for d in drops)
-    total = f"{count(stored + lost)} values logged = {count(stored)} stored + {count(lost)} dropped."
+    drops, audits = run.drops(), rank_audits(run.writers(), run.drops())
+    kept, lost = sum(row.stored for row in audits), sum(row.num_dropped for row in audits)
+    total = f"{count(kept + lost)} values logged = {count(kept)} stored + {count(lost)} dropped."
     colour = "warn" if lost else "ok"
     parts = [f'<h2>Delivery audit</h2><p class="{colour}">{total}</p><div class="two">']
     if drops:
@@ -486,9 +501,17 @@ def _delivery_section(run: Run) -> str:
         parts.append("<div>" + _titled_table("Drops", ("#rank", "#attempt", "reason", "#values"), rows) + "</div>")
     states = run.sink_states()
     if states:
-        rows_ = [(s.name, _State(s.state), count(s.cursor), count(s.lag), s.detail) for s in states]
-        parts.append("<div>" + _titled_table("Sinks", ("sink", "state", "#cursor", "#lag", "detail"), rows_) + "</div>")
+        sums = {row.name: row for row in sink_audits(run)}
+        rows_ = [(s.name, _State(s.state), count(s.lag), *_sink_cells(sums.get(s.name)), s.detail) for s in states]
+        heads = ("sink", "state", "#lag", "#emitted", "#delivered", "#refused", "#waiting", "#missing", "detail")
+        parts.append("<div>" + _titled_table("Sinks", heads, rows_) + "</div>")
     return "".join(parts) + "</div>"
+
+
+def _sink_cells(row: SinkAudit | None) -> tuple[str, ...]:
+    if row is None or row.delivered is None:
+        return ("",) * 5
+    return tuple(count(number) for number in (row.emitted, row.delivered, row.refused, row.waiting, row.missing))
 
 
 # HTML.
