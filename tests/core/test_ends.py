@@ -5,9 +5,10 @@ import signal
 
 import pytest
 
+from ddplog.core.attempt import Options
 from ddplog.core.effects import UNKNOWN_DEATH, Writer, WriterInfo
 from ddplog.core.ends import describe_exit, final_state, split_status
-from ddplog.core.pipeline import Options, Pipeline
+from ddplog.core.pipeline import Pipeline
 from ddplog.core.records import KIND_MESSAGE, NO_STEP, encode_message
 
 INFO = WriterInfo(

@@ -5,9 +5,10 @@ import json
 import pytest
 from core.test_pipeline import OPTIONS, Harness, Rank
 
+from ddplog.core.attempt import Options
 from ddplog.core.effects import AttemptRow, Restored
 from ddplog.core.hang import MAX_STACKS, UNSEEN_NS, Hang, _ranks, restore_hang
-from ddplog.core.pipeline import Options, Pipeline
+from ddplog.core.pipeline import Pipeline
 
 S = 1_000_000_000
 HANG = Options(grace_ns=10 * S, late_ns=5 * S, settle_ns=S // 10, max_keys=100, hang_ns=20 * S)
@@ -261,7 +262,7 @@ def test_a_hang_is_known_after_a_restart():
     w = World(2).train(0, 1).log(0).wait(25)
     before = w.h.pipeline
     restored = Restored(
-        writers=list(before.writers.values()), attempts=[AttemptRow(0, 2, 0, "start")], keys=list(before.keys.values()), params={},
+        writers=list(before.writers.values()), attempts=[AttemptRow(0, 2, 0, "start")], keys=list(before.keys.rows.values()), params={},
         emitted_to={}, definitions=[], verdict=None, is_closed=False, unsettled=[], hangs={0: w.only().data},
     )  # fmt: skip
     w.h.pipeline = Pipeline(HANG, restored, w.h.now)

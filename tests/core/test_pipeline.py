@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddplog.core.attempt import Options
 from ddplog.core.dedup import Accept, Duplicate, Gap
 from ddplog.core.effects import WriterInfo
-from ddplog.core.pipeline import Options, Pipeline
+from ddplog.core.pipeline import Pipeline
 from ddplog.core.records import KIND_MESSAGE, KIND_SCHEMA, NO_STEP, encode_message, encode_scalars
 
 OPTIONS = Options(grace_ns=10_000, late_ns=500, settle_ns=100, max_keys=100)
@@ -97,7 +98,7 @@ class Harness:
             for s, step in enumerate(emission.steps.tolist()):
                 for k, key_id in enumerate(emission.key_ids):
                     if emission.block.n[s, k]:
-                        key = (self.pipeline.names[key_id], step, attempt)
+                        key = (self.pipeline.keys.names[key_id], step, attempt)
                         point = (float(emission.value[s, k]), int(emission.block.n[s, k]))
                         self.points.setdefault(key, []).append(point)
         return effects
@@ -391,7 +392,7 @@ def test_a_definition_matches_by_pattern_and_the_first_stands():
     h.send(a)
     h.tick()
 
-    assert (h.pipeline.keys["n/a"].reduce, h.pipeline.keys["m"].reduce) == ("sum", "mean")
+    assert (h.pipeline.keys.rows["n/a"].reduce, h.pipeline.keys.rows["m"].reduce) == ("sum", "mean")
     assert h.kinds() == ["define", "disagreement", "disagreement"]
 
 
@@ -548,7 +549,7 @@ def test_what_is_kept_for_late_values_is_bounded_too():
 
 
 def test_sets_of_names_that_never_come_back_are_forgotten(monkeypatch):
-    monkeypatch.setattr("ddplog.core.pipeline._MAX_LAYOUTS", 10)
+    monkeypatch.setattr("ddplog.core.attempt._MAX_LAYOUTS", 10)
     a = Rank(0, 1)
     h = Harness(a)
     for step in range(100):

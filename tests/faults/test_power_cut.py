@@ -14,9 +14,10 @@ import pytest
 from faults.disk_model import Disk
 
 from ddplog.agent.shipper import DEATH_CHECK_NS, HEARTBEAT_NS, RESEND_NS, SYNC_NS, Shipper
+from ddplog.core.attempt import Options
 from ddplog.core.dedup import Gap
 from ddplog.core.effects import WriterInfo
-from ddplog.core.pipeline import Options, Pipeline
+from ddplog.core.pipeline import Pipeline
 from ddplog.core.records import KIND_MESSAGE, KIND_SCALARS, KIND_SCHEMA, decode, scan, scan_payload
 from ddplog.journal.reader import JournalReader
 from ddplog.journal.segment import SEGMENT_HEADER

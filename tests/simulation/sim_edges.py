@@ -41,6 +41,9 @@ class SimPath:
     def __truediv__(self, name):
         return SimPath(name)
 
+    def exists(self):
+        return True
+
     def mkdir(self, **_):
         pass
 
@@ -341,7 +344,7 @@ _PATCHES = (
         "os": Over(os, open=lambda *_: -1, close=_nothing, chmod=_nothing),
         "fcntl": SimpleNamespace(lockf=_nothing, LOCK_EX=0, LOCK_NB=0),
         "sqlite3": Over(sqlite3, connect=lambda *_, **__: Now.world.database),
-        "RankLog": SimRankLog, "iter_entries": iter_entries,
+        "RankLog": SimRankLog, "iter_entries": iter_entries, "whole_end": lambda folder, start, end: end,
     }),
     (shipper_module, {
         "JournalReader": SimReader, "BATCH_BYTES": 300, "WINDOW_BYTES": 1200, "RESEND_NS": 400 * MS,

@@ -1,7 +1,8 @@
 """Ranks whose records go through a real pipeline, for tests of what the store makes of its effects."""
 
+from ddplog.core.attempt import Options
 from ddplog.core.effects import WriterInfo
-from ddplog.core.pipeline import Options, Pipeline
+from ddplog.core.pipeline import Pipeline
 from ddplog.core.records import KIND_MESSAGE, KIND_SCHEMA, NO_STEP, encode_message, encode_scalars
 
 OPTIONS = Options(grace_ns=10_000, late_ns=500, settle_ns=100, max_keys=100)

@@ -103,9 +103,9 @@ def test_a_restart_finds_what_was_committed(run_dir):
     after = Pipeline(before.options, store.restore(), 0)
 
     assert (store.rank_log.end, store.uuid, store.last_id) == (end, uuid, last_id)
-    assert after.keys == before.keys
-    assert after.names == before.names
-    assert after.definitions == before.definitions
+    assert after.keys.rows == before.keys.rows
+    assert after.keys.names == before.keys.names
+    assert after.keys.definitions == before.keys.definitions
     assert {name: value for name, (value, _) in after.params.items()} == {
         name: value for name, (value, _) in before.params.items()
     }

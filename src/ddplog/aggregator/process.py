@@ -25,10 +25,11 @@ from ddplog.aggregator.control import ControlServer
 from ddplog.aggregator.forwarders import Forwarders
 from ddplog.aggregator.snapshot import Snapshots
 from ddplog.aggregator.stacks import StackDesk, requests
+from ddplog.core.attempt import Options
 from ddplog.core.awake import AwakeTime
 from ddplog.core.dedup import Duplicate, Gap
 from ddplog.core.effects import Effects, Writer, WriterInfo
-from ddplog.core.pipeline import Options, Pipeline
+from ddplog.core.pipeline import Pipeline
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal.election import ensure_agent
 from ddplog.journal.spool import JobInfo, read_job, write_atomic

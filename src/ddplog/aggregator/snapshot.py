@@ -106,7 +106,7 @@ class Snapshots:
                 )
             )
         for key_id, (_, step, value) in sorted(self._last.items()):
-            reply.last_values.append(LastValue(key=pipeline.names[key_id], step=step, value=value))
+            reply.last_values.append(LastValue(key=pipeline.keys.names[key_id], step=step, value=value))
         self._reply = reply
 
     def _rank(self, writer: Writer, now_ns: int) -> RankStatus:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
+from ddplog.core.attempt import Attempt, Options
 from ddplog.core.batches import Rows, single, split
 from ddplog.core.dedup import Accept, Duplicate, Gap, admit
 from ddplog.core.effects import (
@@ -26,7 +25,6 @@ from ddplog.core.effects import (
     AttemptRow,
     Effects,
     EventRow,
-    KeyRow,
     LogEntry,
     ParamRow,
     Restored,
@@ -37,77 +35,17 @@ from ddplog.core.effects import (
 )
 from ddplog.core.ends import describe_exit, final_state, split_status
 from ddplog.core.hang import UNSEEN_NS, Hang, find_hang, is_over, restore_hang, stacks_wanted, standing
-from ddplog.core.panel import KEEP_CLOSED, Emission, Panel, RankStates
+from ddplog.core.key_table import Definition, KeyTable
+from ddplog.core.panel import Emission
 from ddplog.core.records import KIND_SCHEMA, NO_STEP, Record, scan_payload
 from ddplog.core.reduce import is_reduction
 from ddplog.core.stacks import place
-from ddplog.core.watermark import NOTHING_YET, Watermark
+from ddplog.core.watermark import NOTHING_YET
 
 _HANG_CHECK_NS: Final = 1_000_000_000
 _MAX_ENDED_NAMED: Final = 4
 SILENT_NODE_NS: Final = 30_000_000_000
 """A node without a sign of life for this long, after the launcher's last word, is not waited for."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Settings the pipeline decides with; see config.Settings."""
-
-    grace_ns: int
-    late_ns: int
-    settle_ns: int
-    max_keys: int
-    hang_ns: int = 0
-    """0: no attempt is taken for hung."""
-    max_open: int = 65_536
-    """Open windows per panel beyond which the oldest close incomplete: a rank far ahead must not fill the memory."""
-    max_cells: int = 16 * 1024 * 1024
-    """Values (ranks x windows x keys, about 20 bytes each) in the open windows of an attempt, likewise: 64 ranks with 100
-    keys may be 2,600 steps apart. As many again may be kept of closed ones, for late values."""
-
-
-_MAX_STALE: Final = 1_000_000
-"""Stale steps of a panel that are derived without waiting for more: a set of them takes about 100 MB."""
-_MIN_OPEN: Final = 8
-"""Windows that a panel may have in any case: ranks are a step or two apart, and their batches some more."""
-_MAX_LAYOUTS: Final = 4096
-"""Sets of names whose place is remembered; a script that logs other names every time finds them anew every time."""
-
-
-class _Piece(NamedTuple):
-    """Part of a schema that lies in one panel."""
-
-    panel: Panel
-    columns: tuple[int, ...] | None
-    """Of the panel; None: all of them in order."""
-    sources: tuple[int, ...] | None
-    """Of the schema; None: all of them in order."""
-
-
-class _Layout(NamedTuple):
-    """Where the values of a schema go."""
-
-    pieces: tuple[_Piece, ...]
-    num_refused: int
-    """Names beyond `max_keys`: their values are dropped, and counted."""
-
-
-@dataclass(slots=True)
-class _Attempt:
-    number: int
-    watermark: Watermark
-    opened_unix_ns: int
-    closed_to: int = NOTHING_YET
-    """The watermark of the last tick."""
-    holders: dict[int, Writer] = field(default_factory=dict)
-    panels: list[Panel] = field(default_factory=list)
-    home: dict[int, tuple[Panel, int]] = field(default_factory=dict)
-    """key_id -> (panel, column)"""
-    layouts: dict[tuple[str, ...], _Layout] = field(default_factory=dict)
-    members: list[Writer] = field(default_factory=list)
-    hang: Hang | None = None
-    hung_unix_ns: int = 0
-    """Since when, by the wall."""
 
 
 class Pipeline:
@@ -122,10 +60,8 @@ class Pipeline:
     def __init__(self, options: Options, restored: Restored | None = None, now_ns: int = 0) -> None:
         self.options = options
         self.writers: dict[bytes, Writer] = {}
-        self.attempts: dict[int, _Attempt] = {}
-        self.keys: dict[str, KeyRow] = {}
-        self.names: dict[int, str] = {}
-        self.definitions: list[tuple[str, str, bool]] = []
+        self.attempts: dict[int, Attempt] = {}
+        self.keys = KeyTable(options.max_keys)
         self.params: dict[str, tuple[str, int]] = {}
         self.nodes_over: dict[str, bool] = {}
         self.node_seen_ns: dict[str, int] = {}
@@ -139,9 +75,7 @@ class Pipeline:
         """Every set of names once: each segment of each journal declares them anew, under other ids."""
         self._redefined: set[int] = set()
         self._nonfinite_keys: set[int] = set()
-        self._is_replaying = False
         self._restored_stale: list[Stale] = []
-        self._emitted_to: dict[tuple[int, int], int] = {}
         self._hang_due_ns = 0
         self._effects = Effects()
         if restored is not None:
@@ -150,9 +84,9 @@ class Pipeline:
     def take(self) -> Effects:
         """Return what has accumulated, and begin anew."""
         for attempt in self.attempts.values():
-            for panel in attempt.panels:
-                panel.flush()
+            attempt.flush()
         effects, self._effects = self._effects, Effects()
+        effects.keys = self.keys.take_changed()
         return effects
 
     @property
@@ -249,7 +183,7 @@ class Pipeline:
             self._effects.status = ("running", "")
         return writer
 
-    def _choose_attempt(self, info: WriterInfo, now_ns: int, time_unix_ns: int) -> tuple[_Attempt, bool]:
+    def _choose_attempt(self, info: WriterInfo, now_ns: int, time_unix_ns: int) -> tuple[Attempt, bool]:
         if not self.attempts:
             return self._open_attempt(info, now_ns, time_unix_ns, "start"), True
         earlier = self._earlier_attempt(info)
@@ -266,7 +200,7 @@ class Pipeline:
             return self._open_attempt(info, now_ns, time_unix_ns, f"rank {info.rank} restarted"), True
         return current, False
 
-    def _earlier_attempt(self, info: WriterInfo) -> _Attempt | None:
+    def _earlier_attempt(self, info: WriterInfo) -> Attempt | None:
         """Return the attempt a writer trained in that is first heard of after a later one opened; else None."""
         began = {n: min(w.info.started_unix_ns for w in attempt.members) for n, attempt in self.attempts.items()}
         if info.started_unix_ns >= began[self.attempt]:
@@ -280,10 +214,9 @@ class Pipeline:
         ]
         return next((a for a in free if began[a.number] <= info.started_unix_ns), free[-1] if free else None)
 
-    def _open_attempt(self, info: WriterInfo, now_ns: int, time_unix_ns: int, reason: str) -> _Attempt:
+    def _open_attempt(self, info: WriterInfo, now_ns: int, time_unix_ns: int, reason: str) -> Attempt:
         number = self.attempt + 1
-        watermark = Watermark(info.world_size, self.options.grace_ns, now_ns)
-        attempt = self.attempts[number] = _Attempt(number=number, watermark=watermark, opened_unix_ns=time_unix_ns)
+        attempt = self.attempts[number] = self._make_attempt(number, info.world_size, time_unix_ns, {}, now_ns)
         self._effects.attempts.append(AttemptRow(number, info.world_size, time_unix_ns, reason))
         if number:
             self._effects.events.append(
@@ -360,7 +293,7 @@ class Pipeline:
                 continue
             if writer.is_reduced:
                 attempt = self.attempts[writer.attempt]
-                self._reduce(writer, attempt, item, max(attempt.closed_to, writer.step - 1), now_ns)
+                attempt.add(writer, item, max(attempt.closed_to, writer.step - 1), now_ns, self.num_entries)
                 attempt.watermark.advance(writer.info.rank, int(item.steps.max()), now_ns)
             writer.step = max(writer.step, int(item.steps.max()))
 
@@ -377,11 +310,11 @@ class Pipeline:
             return False
         if writer.is_reduced:
             attempt = self.attempts[writer.attempt]
-            pieces = self._layout(attempt, keys).pieces
-            if len(pieces) != 1 or pieces[0].columns is not None or pieces[0].sources is not None:
+            panel = attempt.whole_panel(keys)
+            if panel is None:
                 return False
             late_to = max(attempt.closed_to, writer.step - 1)
-            pieces[0].panel.put_off(writer.info.rank, payload, late_to, now_ns, self.num_entries)
+            panel.put_off(writer.info.rank, payload, late_to, now_ns, self.num_entries)
             attempt.watermark.advance(writer.info.rank, record.step, now_ns)
         writer.step = max(writer.step, record.step)
         writer.first_step = min(writer.first_step, record.step)
@@ -395,7 +328,7 @@ class Pipeline:
         if writer.is_reduced:
             attempt = self.attempts[writer.attempt]
             late_to = max(attempt.closed_to, writer.step - 1)
-            num_refused = self._reduce(writer, attempt, rows, late_to, now_ns)
+            num_refused = attempt.add(writer, rows, late_to, now_ns, self.num_entries)
             attempt.watermark.advance(writer.info.rank, step, now_ns)
         num_taken = rows.values.size - num_refused
         writer.num_values += num_taken
@@ -406,14 +339,6 @@ class Pipeline:
         writer.step = max(writer.step, step)
         writer.first_step = min(writer.first_step, int(rows.steps.min()))
 
-    def _reduce(self, writer: Writer, attempt: _Attempt, rows: Rows, late_to: int, now_ns: int) -> int:
-        """Put the values into their windows; return how many were refused, since the run has too many names."""
-        pieces, num_refused = self._layout(attempt, writer.schemas[rows.schema_id])
-        for piece in pieces:
-            part = rows if piece.sources is None else rows.columns(piece.sources)
-            piece.panel.add(writer.info.rank, part, piece.columns, late_to, now_ns, self.num_entries)
-        return num_refused * len(rows.steps)
-
     def _refuse(self, writer: Writer, num_values: int, time_unix_ns: int) -> None:
         if not any(w.num_refused for w in self.writers.values()):
             limit = self.options.max_keys
@@ -422,69 +347,6 @@ class Pipeline:
         writer.num_refused += num_values
         writer.drops["run_key_limit"] = writer.num_refused
         self._effects.writers[writer.writer_id] = writer
-
-    def _layout(self, attempt: _Attempt, keys: tuple[str, ...]) -> _Layout:
-        layout = attempt.layouts.get(keys)
-        if layout is None:
-            if len(attempt.layouts) >= _MAX_LAYOUTS:
-                attempt.layouts.clear()
-            layout = attempt.layouts[keys] = self._make_layout(attempt, keys)
-        return layout
-
-    def _make_layout(self, attempt: _Attempt, keys: tuple[str, ...]) -> _Layout:
-        rows = [self._key(name) for name in keys]
-        fresh = [row for row in rows if row is not None and row.key_id not in attempt.home]
-        if fresh:
-            by_emitted: dict[int | None, list[KeyRow]] = {}
-            for key in fresh:
-                by_emitted.setdefault(self._emitted_to.get((attempt.number, key.key_id)), []).append(key)
-            for emitted_to, group in by_emitted.items():  # one replay rule a panel
-                panel = self._panel(attempt, group, emitted_to)
-                panel.is_replaying = self._is_replaying
-                attempt.panels.append(panel)
-                attempt.home.update({row.key_id: (panel, column) for column, row in enumerate(group)})
-        by_panel: dict[int, tuple[Panel, list[int], list[int]]] = {}
-        for source, row in enumerate(rows):
-            if row is None:
-                continue
-            panel, column = attempt.home[row.key_id]
-            _, columns, sources = by_panel.setdefault(id(panel), (panel, [], []))
-            columns.append(column)
-            sources.append(source)
-        pieces = []
-        for panel, columns, sources in by_panel.values():
-            is_whole = columns == list(range(len(panel.key_ids)))
-            is_all = sources == list(range(len(keys)))
-            pieces.append(_Piece(panel, None if is_whole else tuple(columns), None if is_all else tuple(sources)))
-        return _Layout(tuple(pieces), rows.count(None))
-
-    def _panel(self, attempt: _Attempt, rows: Sequence[KeyRow], emitted_to: int | None = None) -> Panel:
-        return Panel(
-            [row.key_id for row in rows],
-            [row.reduce for row in rows],
-            [row.replicated for row in rows],
-            world_size=attempt.watermark.world_size,
-            settle_ns=self.options.settle_ns,
-            late_ns=self.options.late_ns,
-            emitted_to=emitted_to,
-        )
-
-    def _key(self, name: str) -> KeyRow | None:
-        row = self.keys.get(name)
-        if row is None:
-            if len(self.keys) >= self.options.max_keys:
-                return None
-            reduce, replicated = self._definition(name)
-            row = self.keys[name] = KeyRow(len(self.keys) + 1, name, reduce, replicated)
-            self.names[row.key_id] = name
-            self._effects.keys.append(row)
-        return row
-
-    def _definition(self, name: str) -> tuple[str, bool]:
-        for pattern, reduce, replicated in self.definitions:
-            if fnmatchcase(name, pattern):
-                return reduce, replicated
-        return "mean", False
 
     # -- messages
 
@@ -509,7 +371,8 @@ class Pipeline:
     ) -> None:
         at = record.time_unix_ns
         if kind == "define":
-            self._define(str(message["pattern"]), str(message["reduce"]), bool(message["replicated"]), writer, at)
+            definition = Definition(str(message["pattern"]), str(message["reduce"]), bool(message["replicated"]))
+            self._define(definition, writer, at)
         elif kind == "params":
             self._params(writer, message["values"], at)
         elif kind == "text":
@@ -528,40 +391,23 @@ class Pipeline:
         else:
             self._event(writer, at, "unknown_message", "warning", f"a record of unknown type {kind!r}")
 
-    def _define(self, pattern: str, reduce: str, replicated: bool, writer: Writer, time_unix_ns: int) -> None:
-        known = next((entry for entry in self.definitions if entry[0] == pattern), None)
-        if known == (pattern, reduce, replicated):
+    def _define(self, definition: Definition, writer: Writer, time_unix_ns: int) -> None:
+        known = self.keys.definition(definition.pattern)
+        if known == definition:
             return
-        if known is not None or not is_reduction(reduce):
-            why = f"rank {writer.info.rank} defines {pattern!r} as {reduce}"
-            self._event(
-                writer, time_unix_ns, "disagreement", "warning", f"{why}; {known or 'unknown reduction'} stands"
-            )
+        if known is not None or not is_reduction(definition.reduce):
+            why = f"rank {writer.info.rank} defines {definition.pattern!r} as {definition.reduce}"
+            stands = tuple(known) if known is not None else "unknown reduction"
+            self._event(writer, time_unix_ns, "disagreement", "warning", f"{why}; {stands} stands")
             return
-        self.definitions.append((pattern, reduce, replicated))
+        data, message = json.dumps(definition), f"{definition.pattern}: {definition.reduce}"
         self._effects.events.append(
-            EventRow(
-                writer.attempt,
-                writer.info.rank,
-                None,
-                "define",
-                "info",
-                f"{pattern}: {reduce}",
-                json.dumps([pattern, reduce, replicated]),
-                time_unix_ns,
-            )
+            EventRow(writer.attempt, writer.info.rank, None, "define", "info", message, data, time_unix_ns)
         )
-        for name, row in list(self.keys.items()):
-            wanted = self._definition(name)
-            if wanted == (row.reduce, row.replicated):
-                continue
-            row = self.keys[name] = row._replace(reduce=wanted[0], replicated=wanted[1])
-            self._effects.keys.append(row)
-            for attempt in self.attempts.values():
-                if row.key_id in attempt.home:
-                    panel, column = attempt.home[row.key_id]
-                    panel.reductions[column], panel.replicated[column] = wanted
-                    self._redefined.add(row.key_id)
+        for row in self.keys.define(definition):
+            changed = [attempt.redefine(row) for attempt in self.attempts.values()]
+            if any(changed):
+                self._redefined.add(row.key_id)
 
     def _params(self, writer: Writer, values: Mapping[str, Any], time_unix_ns: int) -> None:
         for name, value in values.items():
@@ -711,7 +557,7 @@ class Pipeline:
                     self._begin_hang(attempt, attempt.hang, writers, now_ns, time_unix_ns)
 
     def _begin_hang(
-        self, attempt: _Attempt, hang: Hang, writers: Sequence[Writer], now_ns: int, time_unix_ns: int
+        self, attempt: Attempt, hang: Hang, writers: Sequence[Writer], now_ns: int, time_unix_ns: int
     ) -> None:
         attempt.hung_unix_ns = time_unix_ns - (now_ns - hang.since_ns)
         rank = hang.ranks[0] if len(hang.ranks) == 1 else None
@@ -721,7 +567,7 @@ class Pipeline:
         )
         self._effects.stacks += stacks_wanted(hang, writers, self.options.hang_ns, now_ns)
 
-    def _end_hang(self, attempt: _Attempt, hang: Hang, time_unix_ns: int) -> None:
+    def _end_hang(self, attempt: Attempt, hang: Hang, time_unix_ns: int) -> None:
         attempt.hang = None
         writers = [attempt.holders[rank] for rank in hang.ranks]
         has_moved = any(writer.step > old for writer, old in zip(writers, hang.steps, strict=True))
@@ -757,38 +603,17 @@ class Pipeline:
         level = "warning" if trouble else "info"
         self._effects.events.append(EventRow(writer.attempt, rank, step, "stack", level, message, data, time_unix_ns))
 
-    def _close(self, attempt: _Attempt, now_ns: int, time_unix_ns: int, *, at_once: bool = False) -> None:
-        watermark = attempt.closed_to = attempt.watermark.value(now_ns)
-        ranks = RankStates(
-            progress=attempt.watermark.progress,
-            ended=attempt.watermark.ended,
-            finished=attempt.watermark.finished,
-            silent=attempt.watermark.silent(now_ns),
-        )
-        is_over = at_once or all(writer.has_ended for writer in attempt.members)
-        is_past = is_over and attempt.number != self.attempt
-        max_open = self._max_open(attempt)
-        for panel in attempt.panels:
-            panel.keep_closed = min(KEEP_CLOSED, max_open)
-            emission = panel.close_ready(watermark, ranks, now_ns, at_once=at_once or is_past, max_open=max_open)
-            if is_past:
-                panel.shrink()
-            if emission is None:
-                continue
+    def _close(self, attempt: Attempt, now_ns: int, time_unix_ns: int, *, at_once: bool = False) -> None:
+        for emission in attempt.close(now_ns, at_once=at_once, is_past=attempt.number != self.attempt):
             self._effects.emissions.append((attempt.number, emission))
             self._note_nonfinite(attempt, emission, time_unix_ns)
             for key_id, step in emission.disagreements:
-                message = f"{self.names[key_id]} is declared replicated, but ranks differ at step {step}"
+                message = f"{self.keys.names[key_id]} is declared replicated, but ranks differ at step {step}"
                 self._effects.events.append(
                     EventRow(attempt.number, None, step, "disagreement", "warning", message, "{}", time_unix_ns)
                 )
 
-    def _max_open(self, attempt: _Attempt) -> int:
-        """Return how many windows each panel may have open, so that all of them together stay below max_cells."""
-        width = sum(panel.width for panel in attempt.panels)
-        return min(self.options.max_open, max(_MIN_OPEN, self.options.max_cells // max(1, width)))
-
-    def _note_nonfinite(self, attempt: _Attempt, emission: Emission, time_unix_ns: int) -> None:
+    def _note_nonfinite(self, attempt: Attempt, emission: Emission, time_unix_ns: int) -> None:
         """Put an event on the run for the first NaN or Inf of each key."""
         for s, k in np.argwhere(emission.bad_rank >= 0).tolist():
             key_id = emission.key_ids[k]
@@ -797,7 +622,7 @@ class Pipeline:
             self._nonfinite_keys.add(key_id)
             rank, step = int(emission.bad_rank[s, k]), int(emission.steps[s])
             what = "NaN" if emission.nan_count[s, k] else "Inf"
-            message = f"{self.names[key_id]}: the first {what}, at step {step} on rank {rank}"
+            message = f"{self.keys.names[key_id]}: the first {what}, at step {step} on rank {rank}"
             self._effects.events.append(
                 EventRow(attempt.number, rank, step, "nonfinite", "warning", message, "{}", time_unix_ns)
             )
@@ -837,29 +662,14 @@ class Pipeline:
     @property
     def unsettled(self) -> list[Stale]:
         """Points that may be stored and are still to change."""
-        return self._restored_stale + [
-            Stale(attempt.number, panel.key_ids, frozenset(steps))
-            for attempt in self.attempts.values()
-            for panel in attempt.panels
-            if (steps := panel.unsettled)
-        ]
+        return self._restored_stale + [stale for attempt in self.attempts.values() for stale in attempt.unsettled]
 
     def take_stale(self, now_ns: int, *, at_once: bool = False) -> list[Stale]:
         """Return the points whose values changed after their windows were gone; the caller derives them again."""
         result, self._restored_stale = self._restored_stale, []
         for attempt in self.attempts.values():
-            for panel in attempt.panels:
-                if panel.stale_since_ns is None:
-                    continue
-                most = max(_MIN_OPEN, self.options.max_cells // max(1, panel.width))  # one derivation's memory
-                is_due = now_ns - panel.stale_since_ns >= self.options.late_ns
-                if at_once or is_due or len(panel.stale_steps) >= min(most, _MAX_STALE):
-                    steps = sorted(panel.stale_steps)
-                    parts = (frozenset(steps[i : i + most]) for i in range(0, len(steps), most))
-                    result += [Stale(attempt.number, panel.key_ids, part) for part in parts]
-                    panel.stale_steps.clear()
-                    panel.stale_since_ns = None
-            redefined = tuple(key_id for key_id in self._redefined if key_id in attempt.home)
+            result += attempt.take_stale(now_ns, at_once=at_once)
+            redefined = tuple(key_id for key_id in self._redefined if attempt.has(key_id))
             if redefined:
                 result.append(Stale(attempt.number, redefined, None))
         self._redefined.clear()
@@ -868,23 +678,17 @@ class Pipeline:
     # -- restart
 
     def _restore(self, restored: Restored, now_ns: int) -> None:
-        for row in restored.keys:
-            self.keys[row.name] = row
-            self.names[row.key_id] = row.name
-        self.definitions = list(restored.definitions)
+        self.keys.restore(restored.keys, restored.definitions)
         self.params = {name: (value, -1) for name, value in restored.params.items()}
-        self._emitted_to = dict(restored.emitted_to)
         self.verdict = restored.verdict
         self.verdict_ns = now_ns
         self.is_closed = restored.is_closed
         self._restored_stale = list(restored.unsettled)
-        self._is_replaying = True
-        for attempt_row in restored.attempts:
-            self.attempts[attempt_row.attempt] = _Attempt(
-                number=attempt_row.attempt,
-                watermark=Watermark(attempt_row.world_size, self.options.grace_ns, now_ns),
-                opened_unix_ns=attempt_row.opened_unix_ns,
-            )
+        for row in restored.attempts:
+            emitted_to = {key: step for (number, key), step in restored.emitted_to.items() if number == row.attempt}
+            attempt = self._make_attempt(row.attempt, row.world_size, row.opened_unix_ns, emitted_to, now_ns)
+            attempt.is_replaying = True
+            self.attempts[row.attempt] = attempt
         for number, data in restored.hangs.items():
             attempt = self.attempts[number]
             attempt.hang, attempt.hung_unix_ns = restore_hang(data, now_ns)
@@ -910,75 +714,30 @@ class Pipeline:
         attempt = self.attempts[writer.attempt]
         for item in split(payload, first_seq)[1]:
             if isinstance(item, Rows) and writer.is_reduced and item.schema_id in writer.schemas:
-                self._reduce(writer, attempt, item, NOTHING_YET, now_ns)
+                attempt.add(writer, item, NOTHING_YET, now_ns, self.num_entries)
         self.num_entries += 1
 
     def end_replay(self) -> None:
         """From now on records are new."""
-        self._is_replaying = False
         for attempt in self.attempts.values():
-            for panel in attempt.panels:
-                panel.flush()
-                panel.is_replaying = False
+            attempt.end_replay()
 
     def derive(self, stale: Stale, entries: Iterable[tuple[int, int, bytes]]) -> Emission | None:
-        """Reduce points again from the rank log.
-
-        Args:
-            stale: Which points.
-            entries: (writer_id, first_seq, payload) of the whole rank log, in any order between writers.
-
-        Returns:
-            Their emission; None if the log has no record of them any more.
-        """
-        attempt = self.attempts[stale.attempt]
-        rows_by_id = {row.key_id: row for row in self.keys.values()}
-        wanted = [rows_by_id[key_id] for key_id in stale.key_ids]
-        columns = {row.name: column for column, row in enumerate(wanted)}
-        panel = self._panel(attempt, wanted)
-        for column, row in enumerate(wanted):
-            if row.key_id in attempt.home:
-                home, its_column = attempt.home[row.key_id]
-                panel.expected[:, column] = home.expected[:, its_column]
-        steps = None if stale.steps is None else np.fromiter(stale.steps, np.int64)
-        for writer_id, first_seq, payload in entries:
-            writer = self._by_id[writer_id]
-            if writer.attempt != stale.attempt or not writer.is_reduced:
-                continue
-            for item in split(payload, first_seq)[1]:
-                if isinstance(item, Record):
-                    continue
-                keys = writer.schemas.get(item.schema_id, ())
-                sources = [index for index, name in enumerate(keys) if name in columns]
-                part = item if steps is None else item.where(np.isin(item.steps, steps))
-                if sources and len(part.steps):
-                    panel.add(
-                        writer.info.rank, part.columns(sources), [columns[keys[i]] for i in sources], NOTHING_YET, 0
-                    )
-        progress = attempt.watermark.progress
-        nobody = np.zeros(len(progress), np.bool_)
-        ranks = RankStates(progress=progress, ended=nobody, finished=nobody, silent=nobody)
-        emission = panel.close_ready(NOTHING_YET, ranks, 0, at_once=True)
-        if emission is not None:
-            self._note_emitted(attempt, emission)
-        return emission
-
-    def _note_emitted(self, attempt: _Attempt, emission: Emission) -> None:
-        """Remember what was derived as emitted: another restart would take open windows below it for stored."""
-        last = int(emission.steps[-1])
-        for key_id in emission.key_ids:
-            key = attempt.number, key_id
-            self._emitted_to[key] = max(last, self._emitted_to.get(key, last))
-            if key_id in attempt.home:
-                attempt.home[key_id][0].note_emitted(last)
+        """Reduce points again from the rank log; see Attempt.derive()."""
+        return self.attempts[stale.attempt].derive(stale, self._by_id, entries)
 
     @property
     def oldest_entry_needed(self) -> int:
         """Number of the first rank log entry that an open window was made from: a restart replays from there."""
-        oldest = [panel.oldest_open for attempt in self.attempts.values() for panel in attempt.panels]
+        oldest = [attempt.oldest_open for attempt in self.attempts.values()]
         return min((entry for entry in oldest if entry is not None), default=self.num_entries)
 
     # -- helpers
+
+    def _make_attempt(
+        self, number: int, world_size: int, opened_unix_ns: int, emitted_to: Mapping[int, int], now_ns: int
+    ) -> Attempt:
+        return Attempt(number, world_size, opened_unix_ns, self.options, self.keys, emitted_to, now_ns)
 
     def _event(
         self, writer: Writer, time_unix_ns: int, kind: str, level: str, message: str, *, step: int | None = None
