@@ -2,7 +2,7 @@
 
 value(rank, step, number) is a whole number, different for every triple, and every mean and sum of them is exact: what
 is lost, doubled, swapped or mixed shows in n, value, min or max. Keys with an odd number are sums, so that a record
-that is taken twice shows too. Step s has the keys of family s % F. The ranks log only as far as the test has allowed:
+that is taken twice shows too. Step s has the keys of family s // B % F. The ranks log only as far as the test has allowed:
 training lasts as long as the faults do, however slow the machine is.
 """
 
@@ -26,9 +26,8 @@ RANK_STRIDE, KEY_STRIDE = 3, 40
 SCRIPT = """
 import json, os, struct, sys, time
 import ddplog
-rank, num_steps, pause_s, patience_s = int(os.environ["RANK"]), int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
-allowed = os.open("allowed", os.O_RDONLY)
-families = json.loads(sys.argv[4])
+rank, allowed = int(os.environ["RANK"]), os.open("allowed", os.O_RDONLY)
+num_steps, block, pause_s, patience_s, families = json.loads(sys.argv[1])
 keys = [[f"{'sum' if number % 2 else 'key'}_{number:03}" for number in family] for family in families]
 offsets = [[float(number * 40 + rank * 3) for number in family] for family in families]
 run = ddplog.init()
@@ -43,7 +42,7 @@ for step in range(num_steps):
             if patience_s and time.monotonic() > until:
                 break
             time.sleep(0.002)
-    base, family = float(step * 4000), step % len(families)
+    base, family = float(step * 4000), step // block % len(families)
     run.log({key: base + offset for key, offset in zip(keys[family], offsets[family])}, step=step)
     if pause_s:
         time.sleep(pause_s)
@@ -58,6 +57,7 @@ class Grid:
         ranks: R.
         steps: N.
         families: F lists of numbers below CELLS, each in one of them only.
+        block: B, how many steps have the same keys.
         pause_s: After every step, seconds.
         patience_s: A rank that has waited so long logs a step all the same, as training does: it is log() that looks
             after the agent. 0: it waits.
@@ -70,11 +70,12 @@ class Grid:
         ranks: int,
         steps: int,
         families: Sequence[Sequence[int]],
+        block: int = 1,
         pause_s: float = 0.002,
         patience_s: float = 0.0,
     ) -> None:
         self.job, self.ranks, self.steps, self.families = job, ranks, steps, families
-        self._waits = (str(pause_s), str(patience_s))
+        self._block, self._pause_s, self._patience_s = block, pause_s, patience_s
         self._allowed = job.folder / "allowed"
         self.allow(0)
 
@@ -91,7 +92,8 @@ class Grid:
         return self.ranks * self.points
 
     def _steps(self, family: int) -> np.ndarray:
-        return np.arange(family, self.steps, len(self.families))
+        steps = np.arange(self.steps)
+        return np.asarray(steps[steps // self._block % len(self.families) == family])
 
     def allow(self, steps: float) -> None:
         """Let the ranks go on to this step."""
@@ -101,8 +103,9 @@ class Grid:
 
     def start(self, **environ: str) -> subprocess.Popen[str]:
         """Start the ranks; however slow the machine is, none is left out of a step, so each is emitted once."""
-        words = (self.job.script(SCRIPT), str(self.steps), *self._waits, json.dumps(self.families))
-        return self.job.start(*self.job.ranks(self.ranks, *words), DDPLOG_GRACE_S="3600", **environ)
+        words = json.dumps((self.steps, self._block, self._pause_s, self._patience_s, self.families))
+        command = self.job.ranks(self.ranks, self.job.script(SCRIPT), words)
+        return self.job.start(*command, DDPLOG_GRACE_S="3600", **environ)
 
     def reduced(self, cells: np.ndarray) -> np.ndarray:
         """Return the value that the points of these cells, step * CELLS + number, must have."""

@@ -22,6 +22,8 @@ ROLES = {
     "ddplog.forward.__main__": "forwarder",
     "train.py": "rank",
 }
+_GROWN_UP_S = 0.3
+"""A process that is younger may still have the command line of the one that forked it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Sample:
 
     age_s: float
     num_records: int
-    """Of the job, taken when it was looked."""
+    """In the store when it was looked: a rank's own, as far as all ranks are alike, for the others the job's."""
     rss_mb: float
     num_fds: int
     num_threads: int
@@ -79,49 +81,48 @@ class Watch:
 
     Args:
         job: Whose.
+        ranks: How many there are.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._folder = str(job.folder)
+    def __init__(self, job: Job, ranks: int) -> None:
+        self._folder, self._ranks = str(job.folder), ranks
         self._lives: dict[tuple[int, float], Life] = {}
         self._strangers: set[tuple[int, float]] = set()
 
     def alive(self, role: str) -> list[psutil.Process]:
         """Return the processes that have this role and live."""
-        return [life.process for life in self._lives.values() if life.role == role and life.process.is_running()]
+        return [life.process for life in self._lives.values() if life.role == role and _lives(life.process)]
 
     def look(self, num_records: int) -> None:
         """Take a sample of every process."""
         self._find()
         now = time.time()
-        for key, life in list(self._lives.items()):
+        for life in self._lives.values():
+            if not _lives(life.process):
+                continue
             try:
                 with life.process.oneshot():
-                    if life.process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                        raise psutil.NoSuchProcess(life.process.pid)
                     rss = life.process.memory_info().rss / 1e6
                     counts = life.process.num_fds(), life.process.num_threads()
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                if not life.samples:
-                    del self._lives[key]
+            except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended meanwhile
                 continue
-            life.samples.append(Sample(now - life.began, num_records, rss, *counts))
+            its_own = num_records // self._ranks if life.role == "rank" else num_records
+            life.samples.append(Sample(now - life.began, its_own, rss, *counts))
 
     def _find(self) -> None:
         for process in psutil.process_iter():
             try:
                 key = process.pid, process.create_time()
-                if key in self._lives or key in self._strangers:
+                if key in self._lives or key in self._strangers or time.time() - key[1] < _GROWN_UP_S:
                     continue
                 words = process.cmdline()
             except psutil.Error:
                 continue
             role = next((role for name, role in ROLES.items() if any(name in word for word in words)), None)
-            is_launcher = any(word.endswith("launcher.py") for word in words)
-            is_ours = any(self._folder in word for word in words) and not is_launcher and words[0] != "/bin/sh"
+            is_ours = any(self._folder in word for word in words) and not words[1].endswith("launcher.py")
             if role is not None and is_ours:
-                self._lives[key] = Life(role, process, process.create_time())
-            elif words and not process.create_time() > time.time() - 1:  # one that is younger is not what it will be
+                self._lives[key] = Life(role, process, key[1])
+            else:
                 self._strangers.add(key)
 
     def trends(self, warm_up_s: float, warm_up_records: int) -> dict[str, Trend]:
@@ -141,6 +142,13 @@ class Watch:
         """Give every sample, for whoever wants to draw it."""
         for (pid, _), life in self._lives.items():
             yield from ((life.role, pid, sample) for sample in life.samples)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _trend(lives: list[list[Sample]]) -> Trend:

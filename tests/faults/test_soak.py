@@ -21,8 +21,8 @@ from ddplog.store.reader import open_run
 
 pytestmark = pytest.mark.system
 
-FAULTS = {"kill aggregator": 2, "kill agent": 2, "kill forwarder": 3, "stop aggregator": 3}
-"""What happens, and how often of ten times."""
+FAULTS = {"kill aggregator": 1, "kill agent": 1, "kill forwarder": 2, "stop aggregator": 6}
+"""What happens, and how often of ten times: a life has to last, or nothing can be said of its growth."""
 FAMILIES = [[family * 10 + place for place in range(family)] for family in range(1, 6)]
 """Records of one to five keys, in turn."""
 LOOK_S = 0.25
@@ -94,12 +94,12 @@ def stored(run_dir, ranks):
     return sum(counts), min(counts) if len(counts) == ranks else 0
 
 
-def soak(job, *, ranks, steps, least, every_s, stop_s, timeout_s, warm_up_s, warm_up_records):
+def soak(job, *, ranks, steps, block, least, every_s, stop_s, timeout_s, warm_up_s, warm_up_records):
     """Run it; `least`: so many faults happen before it ends."""
     seed = random.SystemRandom().getrandbits(32)
     print("seed", seed)
-    grid = Grid(job, ranks=ranks, steps=steps, families=FAMILIES, pause_s=0, patience_s=0.1)
-    watch = Watch(job)
+    grid = Grid(job, ranks=ranks, steps=steps, families=FAMILIES, block=block, pause_s=0, patience_s=0.1)
+    watch = Watch(job, ranks)
     faults = Faults(watch, random.Random(seed), every_s, stop_s)
     process = grid.start(DDPLOG_SINKS="jsonl", DDPLOG_SPOOL_BYTES=str(64 << 20))
     began, shown = time.monotonic(), 0.0
@@ -149,7 +149,16 @@ def keep_rows(watch):
 def test_a_short_soak_loses_and_doubles_nothing(job, suite_table):
     """The same code as at night; too short to say that anything is flat."""
     trends, counts = soak(
-        job, ranks=4, steps=25_000, least=6, every_s=1, stop_s=0.5, timeout_s=200, warm_up_s=0.5, warm_up_records=0
+        job,
+        ranks=4,
+        steps=25_000,
+        block=1,
+        least=6,
+        every_s=1,
+        stop_s=0.5,
+        timeout_s=200,
+        warm_up_s=0.5,
+        warm_up_records=0,
     )
     for role, trend in trends.items():
         assert max(trend.fds) < MOST_FDS, f"{role}: {trend}"
@@ -164,7 +173,16 @@ def test_20_million_records_under_faults_leave_memory_descriptors_and_threads_fl
     """Reliability's I9: after warm-up resident memory grows by less than 1 MB per million records in every process."""
     steps = int(os.environ.get("DDPLOG_SOAK_STEPS", "2500000"))
     trends, counts = soak(
-        job, ranks=8, steps=steps, least=20, every_s=4, stop_s=2, timeout_s=6000, warm_up_s=5, warm_up_records=300_000
+        job,
+        ranks=8,
+        steps=steps,
+        block=50,
+        least=20,
+        every_s=4,
+        stop_s=2,
+        timeout_s=6000,
+        warm_up_s=5,
+        warm_up_records=300_000,
     )
     assert set(trends) == {"agent", "aggregator", "forwarder", "rank"}
     for role, trend in trends.items():
