@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from ddplog.journal.election import ensure_agent, has_agent
-from ddplog.journal.segment import is_locked
+from ddplog.journal.segment import is_held
 from ddplog.journal.spool import DONE, JobInfo, read_job
 
 _logger = logging.getLogger("ddplog.agent")
@@ -64,18 +64,7 @@ def _age(folder: Path) -> float:
 def _is_dead(folder: Path) -> bool:
     """Whether it has journals, and nobody writes one of them."""
     journals = [path.parent for path in folder.glob("*.*/head")]
-    return bool(journals) and not any(_is_held(journal / "alive") for journal in journals)
-
-
-def _is_held(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        return is_locked(descriptor)
-    finally:
-        os.close(descriptor)
+    return bool(journals) and not any(is_held(journal / "alive") for journal in journals)
 
 
 def _try_lock(folder: Path) -> bool:

@@ -27,7 +27,8 @@ from ddplog.agent.orphans import take_up
 from ddplog.agent.shipper import Shipper
 from ddplog.bootstrap import command
 from ddplog.errors import RemoteProtocolError
-from ddplog.journal.spool import DONE, JobInfo, read_job
+from ddplog.journal.segment import is_held
+from ddplog.journal.spool import DONE, JobInfo, boot_id, read_job, secret_path, start_ticks
 from ddplog.wire.keys import aggregator_keys, load_secret, node_keys
 from ddplog.wire.sockets import DealerEndpoint
 
@@ -60,12 +61,13 @@ class Agent:
         self.dealer: DealerEndpoint | None = None
         self.endpoint = ""
         self.num_joins = 0
+        self.is_up = False
         self.aggregator: subprocess.Popen[bytes] | None = None
         self.num_starts = 0
         self.num_acked = 0
         self.started_ns = 0
         self.is_aggregator_done = False
-        self.launcher = _pidfd(job.launcher_pid)
+        self.launcher = _pidfd(job.launcher_pid, job.launcher_ticks)
         self.over_since_ns: int | None = None
         self.discovered_ns = 0
 
@@ -78,7 +80,8 @@ class Agent:
                 self.shipper.discover()
             self.shipper.check_deaths(now)
             self._supervise(now)
-            self._connect()
+            if self.discovered_ns == now and not self.is_up:
+                self._connect()
             is_over = self._is_over(now)
             self._exchange(now, is_over=is_over)
             self.shipper.keep_durable(now)
@@ -98,6 +101,7 @@ class Agent:
         if dealer is None:
             return
         link = dealer.link()
+        self.is_up = link.is_up
         if link.num_joins != self.num_joins:
             self.num_joins = link.num_joins
             self.shipper.joined()
@@ -120,11 +124,12 @@ class Agent:
                 dealer.send(data)
 
     def _connect(self) -> None:
+        """Find the run's aggregator: this launcher's own, or that of another launcher of the run on this machine."""
         try:
-            info = json.loads((self.folder / "aggregator.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            info = json.loads((self.job.run_dir / "control.json").read_text())
+        except (OSError, json.JSONDecodeError):
             return
-        if info["endpoint"] == self.endpoint:
+        if info.get("boot_id") != boot_id() or info["endpoint"] == self.endpoint:
             return
         self.endpoint = info["endpoint"]
         if self.dealer is not None:
@@ -156,7 +161,7 @@ class Agent:
         if self.is_aggregator_done and not self.shipper.is_idle:
             self.is_aggregator_done = False  # a rank has come back: torchrun restarted the group
             self.num_starts = 0
-        if self.is_aggregator_done or not self.shipper.has_rank_zero or self._adopted():
+        if self.is_aggregator_done or not self.shipper.has_rank_zero or self._has_other():
             return
         if now - self.started_ns < _RESTART_BACKOFF_NS[min(self.num_starts, len(_RESTART_BACKOFF_NS) - 1)]:
             return
@@ -175,14 +180,9 @@ class Agent:
     def _num_acked(self) -> int:
         return sum(tracked.acked_seq for tracked in self.shipper.tracked.values())
 
-    def _adopted(self) -> bool:
-        """Whether an aggregator that an earlier agent started still lives."""
-        try:
-            pid = int(json.loads((self.folder / "aggregator.json").read_text())["pid"])
-            os.kill(pid, 0)
-        except (OSError, ValueError, KeyError):
-            return False
-        return self.aggregator is None or self.aggregator.pid != pid
+    def _has_other(self) -> bool:
+        """Whether another aggregator than our child writes the run: an earlier agent's, or another launcher's."""
+        return self.aggregator is None and is_held(self.job.run_dir / "writer.lock")
 
     # -- the end
 
@@ -198,9 +198,9 @@ class Agent:
         if self.shipper.has_rank_zero:
             if self.is_aggregator_done:
                 return True
-            if self.aggregator is None and self.shipper.is_idle and not self._adopted() and self.num_starts:
+            if self.aggregator is None and self.shipper.is_idle and not self._has_other() and self.num_starts:
                 return self._has_ended()
-        elif self.shipper.is_idle:
+        elif self.shipper.is_idle and not self._has_other():  # as long as there is one, it may not have heard it yet
             return True
         return now - self.over_since_ns > _GIVE_UP_NS or not self.shipper.tracked
 
@@ -208,13 +208,18 @@ class Agent:
         return not (self.folder / "aggregator.json").exists()
 
 
-def _pidfd(pid: int) -> int | None:
+def _pidfd(pid: int, ticks: int) -> int | None:
+    """Open a process for watching; None if it has gone, and its pid is free or another's."""
     if pid <= 0:
         return None
     try:
-        return os.pidfd_open(pid)
+        descriptor = os.pidfd_open(pid)
     except OSError:
         return None
+    if ticks in (0, start_ticks(pid)):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _lives(descriptor: int) -> bool:
@@ -251,13 +256,23 @@ def main() -> None:
 
 
 def _clean_up(spool: Path) -> None:
-    """Delete job folders whose records were all acknowledged an hour ago: their store may need them no longer."""
+    """Delete job folders whose records were all acknowledged an hour ago: their store may need them no longer. And the
+    secrets of runs that have none left.
+    """
     for marker in spool.glob(f"*/{DONE}"):
         try:
             if time.time() - marker.stat().st_mtime > KEEP_DONE_S:
                 shutil.rmtree(marker.parent, ignore_errors=True)
         except FileNotFoundError:
             continue
+    used = set()
+    for path in spool.glob("*/job.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not a job of this version, or gone by now
+            used.add(secret_path(spool, read_job(path.parent).run_dir))
+    for path in set(spool.glob("*.secret")) - used:
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > KEEP_DONE_S:
+                path.unlink()
 
 
 def _detach() -> None:

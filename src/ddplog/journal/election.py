@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ddplog.bootstrap import command
-from ddplog.journal.segment import is_locked
+from ddplog.journal.segment import is_held
 
 _PATIENCE_S: Final = 5.0
 """How long a started agent has to take its lock before another one is started."""
@@ -22,14 +22,7 @@ _PATIENCE_S: Final = 5.0
 
 def has_agent(folder: Path) -> bool:
     """Tell whether the job's agent lives."""
-    try:
-        descriptor = os.open(folder / "agent.lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        return is_locked(descriptor)
-    finally:
-        os.close(descriptor)
+    return is_held(folder / "agent.lock")
 
 
 def ensure_agent(folder: Path) -> None:

@@ -92,6 +92,21 @@ def is_locked(descriptor: int) -> bool:
     return _look(descriptor)[0] != fcntl.F_UNLCK
 
 
+def is_held(path: str | os.PathLike[str]) -> bool:
+    """Tell whether another process holds a POSIX write lock on the file; False if there is no such file.
+
+    Not for a file that this process itself has locked: closing a descriptor of it gives the lock up.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return is_locked(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def holder(descriptor: int) -> int:
     """Return the pid, as this process sees pids, of the one that holds the lock; 0: nobody, or none to be seen here."""
     kind, pid = _look(descriptor)

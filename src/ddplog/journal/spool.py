@@ -1,6 +1,7 @@
 """Owns the spool: where a job's folder is, who may enter it, and the few files beside the journals.
 
     <spool>/                      0700, owner checked
+      <hash of the run's folder>.secret    the job secret of a run whose id was given: two launchers may take part in it
       <job_key>-<run>/            one per run per node
         job.json                  what the run is: JobInfo; written once, completed under job.lock
         job.lock                  POSIX lock around job.json
@@ -29,7 +30,7 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -95,6 +96,8 @@ class JobInfo:
     """This node's number in the job."""
     settings: Mapping[str, Any]
     """The remaining settings the helpers use (grace_s, late_s, ...)."""
+    launcher_ticks: int = 0
+    """When the launcher started: its pid may be another process's by the time that an agent is started again."""
 
     @property
     def run_dir(self) -> Path:
@@ -174,22 +177,23 @@ def job_key(environ: Mapping[str, str], *, has_launcher: bool) -> tuple[str, int
         has_launcher: Whether the environment says that something started this process as a rank.
     """
     given = environ.get(JOB_VARIABLE)
-    if given:
-        return given, os.getppid()
     seen = int(os.readlink("/proc/self"))  # our pid as /proc's mount shows it, which may be an outer namespace's
-    anchor = _launcher(seen, _marks(environ)) if has_launcher else seen
-    start = _stat_fields(anchor)[19]
-    namespace = os.readlink("/proc/self/ns/pid")
-    identity = f"{os.getuid()}:{boot_id()}:{namespace}:{anchor}:{start}"
+    anchor = _launcher(seen, _marks(environ)) if has_launcher or given else seen
     pid = 0
-    if (
-        has_launcher
-    ):  # a shell around one rank is not the launcher, but the next best where pids are another namespace's
+    if has_launcher or given:
+        # A shell around one rank is not the launcher, but the next best where pids are another namespace's.
         pid = anchor if seen == os.getpid() else os.getppid()
+    if given:
+        return given, pid
+    namespace = os.readlink("/proc/self/ns/pid")
+    identity = f"{os.getuid()}:{boot_id()}:{namespace}:{anchor}:{start_ticks(anchor)}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16], pid
 
 
 def _marks(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what the launcher gave its ranks and does not carry itself: a name, or name=value."""
+    if environ.get(JOB_VARIABLE):  # with its value: a `ddplog run` inside another one carries the outer one's
+        return (f"{JOB_VARIABLE}={environ[JOB_VARIABLE]}",)
     return next(((name,) for name in _INNERMOST if name in environ), RANK_VARIABLES)
 
 
@@ -206,8 +210,16 @@ def _carries(pid: int, marks: tuple[str, ...]) -> bool:
         entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return False
-    names = {entry.partition(b"=")[0].decode(errors="replace") for entry in entries}
-    return any(name in names for name in marks)
+    given = {*entries, *(entry.partition(b"=")[0] for entry in entries)}
+    return any(os.fsencode(mark) in given for mark in marks)
+
+
+def start_ticks(pid: int) -> int:
+    """Return when a process started, clock ticks since boot: with it, a pid is a process's for good; 0: there is none."""
+    try:
+        return int(_stat_fields(pid)[19])
+    except OSError:
+        return 0
 
 
 def _stat_fields(pid: int) -> list[str]:
@@ -275,8 +287,31 @@ def read_job(folder: Path) -> JobInfo:
     return JobInfo(**raw)
 
 
-def declare_job(folder: Path, info: JobInfo) -> JobInfo:
+def secret_path(spool: Path, run_dir: Path) -> Path:
+    """Return where the launchers on this machine that take part in one run find its secret."""
+    return spool / f"{hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:16]}.secret"
+
+
+def _agree(path: Path) -> str:
+    """Return what is in the file; the first one writes it."""
+    while True:
+        with suppress(FileNotFoundError):
+            os.utime(path)  # it is in use: the clean-up leaves it
+            return path.read_text()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        write_atomic(temporary, secrets.token_hex(32).encode())
+        with suppress(FileExistsError):
+            os.link(temporary, path)
+        temporary.unlink()
+
+
+def declare_job(folder: Path, info: JobInfo, *, may_meet: bool = False) -> JobInfo:
     """Make the job's folder and job.json; the first rank's word stands, except what it left open.
+
+    Args:
+        folder: The job's.
+        info: What this rank knows of it.
+        may_meet: Whether another launcher on this machine may take part in the run, since its id was given.
 
     Returns:
         What the job is: `info`, or what an earlier rank declared.
@@ -287,7 +322,9 @@ def declare_job(folder: Path, info: JobInfo) -> JobInfo:
             return read_job(folder)
         except FileNotFoundError:
             (folder / "logs").mkdir(mode=0o700, exist_ok=True)
-            secret = os.environ.get("DDPLOG_SECRET") or secrets.token_hex(32)
+            secret = os.environ.get("DDPLOG_SECRET")
+            if not secret:
+                secret = _agree(secret_path(folder.parent, info.run_dir)) if may_meet else secrets.token_hex(32)
             write_atomic(folder / "secret", secret.encode())
             write_atomic(folder / "job.json", json.dumps(asdict(info), default=str).encode())
             sync_directory(folder.parent)  # what is durable in the folder is found again after a power cut

@@ -129,6 +129,7 @@ class JournalWriter:
         self._segment: mmap.mmap | None = None
         self._view = memoryview(b"")
         self._ambient = NO_STEP
+        self._checked_ns = 0
         self._next_check_ns = 0
         self._retry_at_ns = 0
         self._is_open = True
@@ -173,7 +174,7 @@ class JournalWriter:
                 now = time_ns()
                 offset = self._offset
                 end = offset + schema.size
-                if end > self._limit or now > self._next_check_ns:
+                if end > self._limit or not self._checked_ns <= now <= self._next_check_ns:
                     return False
                 # float.conjugate() is a type check at the speed of C: it returns a float itself, and raises TypeError
                 # for what is none without calling into it. float() or struct alone would ask a CUDA tensor: a sync.
@@ -291,8 +292,8 @@ class JournalWriter:
 
     def _tick(self) -> None:
         now = time_ns()
-        if now > self._next_check_ns or now < self._next_check_ns - 2 * _CHECK_NS:
-            self._next_check_ns = now + _CHECK_NS
+        if not self._checked_ns <= now <= self._next_check_ns:  # also after the clock was set back
+            self._checked_ns, self._next_check_ns = now, now + _CHECK_NS
             layout.put(self._head, layout.BEAT_OFFSET, layout.U64.pack(now))
             self._leave_failed()
             self._check()

@@ -162,6 +162,7 @@ def _declare(
         config=dict(config),
         created_unix_ns=now,
         launcher_pid=launcher_pid,
+        launcher_ticks=spool.start_ticks(launcher_pid) if launcher_pid else 0,
         node_rank=who.node_rank,
         launcher="ddplog run" if spool.JOB_VARIABLE in os.environ else who.launcher,
         settings={
@@ -179,7 +180,7 @@ def _declare(
             )
         },
     )
-    return folder, spool.declare_job(folder, info)
+    return folder, spool.declare_job(folder, info, may_meet=resolved.run_id is not None)
 
 
 def _check_sinks(sinks: Sequence[str]) -> None:
