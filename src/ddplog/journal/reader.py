@@ -215,9 +215,12 @@ class JournalReader:
 
     @property
     def _is_final(self) -> bool:
-        """Whether nothing is appended to the segment any more."""
+        """Whether nothing is appended to the segment any more: there is a later one, be it that this one and the next
+        have been deleted.
+        """
         assert self._segment is not None
-        return (self.folder / layout.segment_name(self._segment.number + 1)).exists() or not self.is_alive
+        this, following = (self.folder / layout.segment_name(self._segment.number + n) for n in (0, 1))
+        return following.exists() or not this.exists() or not self.is_alive
 
     def _pass_hole(self) -> bool:
         """Go to the next whole frame of a final segment, behind one that is not; False if there is none."""
