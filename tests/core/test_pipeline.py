@@ -606,3 +606,33 @@ def test_a_set_of_names_is_kept_once_however_often_it_is_declared():
     schemas = h.pipeline.writers[a.incarnation].schemas
     assert len(schemas) == 50
     assert len({id(keys) for keys in schemas.values()}) == 1
+
+
+def test_no_commit_has_more_points_than_it_may_and_the_run_ends_after_the_last():
+    """A rank that ends sets all free that waited for it; one commit of millions of points would fill the memory."""
+    ranks = [Rank(rank, 2) for rank in range(2)]
+    options = Options(grace_ns=10**9, late_ns=100, settle_ns=10, max_keys=100, max_points=200)
+    h = Harness(*ranks, options=options)
+    far_ahead(h, ranks, 2001)
+    for rank in ranks:
+        h.end(rank)
+    h.pipeline.node("0", True, h.now)
+    sizes = []
+    while not h.pipeline.is_closed:
+        assert h.statuses == []
+        effects = h.tick(1)
+        sizes.append(sum(emission.num_points for _, emission in effects.emissions))
+    assert max(sizes) <= 2 * 200  # what is due, and what is closed since nothing more comes
+    assert len(sizes) >= 2001 * 4 / 400
+    assert len(h.points) == 2001 * 4
+    assert h.statuses == [("failed", "rank 0: died, code unknown")]
+
+
+def test_no_panel_waits_for_ever_behind_one_that_always_has_points():
+    a = Rank(0, 1)
+    h = Harness(a, options=Options(grace_ns=1, late_ns=100, settle_ns=0, max_keys=100, max_points=1))
+    for step in range(20):
+        h.send(a.log(step, x=1.0).log(step, y=1.0).log(step, z=1.0))
+    for _ in range(30):
+        h.tick(10)
+    assert {key for key, _, _ in h.points} == {"x", "y", "z"}

@@ -268,7 +268,13 @@ class Aggregator:
 
     def _commit(self, now: int) -> None:
         effects = self.pipeline.take()
-        for stale in self.pipeline.take_stale(now, at_once=self.pipeline.is_closed):
+        status, effects.status = effects.status, None
+        parts = self.pipeline.take_stale(now, at_once=self.pipeline.is_closed)
+        for number, stale in enumerate(parts, 1):
+            if sum(emission.num_points for _, emission in effects.emissions) >= self.pipeline.options.max_points:
+                effects.unsettled = [*self.pipeline.unsettled, *parts[number - 1 :]]
+                self._store(effects)
+                effects = Effects()
             entries = chain(
                 ((writer_id, first_seq, payload) for _, writer_id, first_seq, payload in self.store.entries()),
                 ((entry.writer_id, entry.first_seq, entry.payload) for entry in effects.log),
@@ -277,11 +283,9 @@ class Aggregator:
             if emission is not None:
                 effects.emissions.append((stale.attempt, emission))
         effects.unsettled = self.pipeline.unsettled  # a derived point makes the open windows below it unsettled
+        effects.status = status
         if effects:
-            self._make_durable(effects)
-            killpoints.reach("aggregator.after_commit")
-            self.snapshots.note(effects)
-            self._ask_for_stacks(effects.stacks)
+            self._store(effects)
         self._committed_ns = self._now_ns()
         self._pending_bytes = 0
         self._answer()
@@ -289,6 +293,12 @@ class Aggregator:
             self._trimmed_ns = now
             keep_from = self._positions[0][1].file if self._positions else self.store.rank_log.end.file
             self.store.rank_log.trim(int(self.job.settings["rank_log_bytes"]), keep_from)
+
+    def _store(self, effects: Effects) -> None:
+        self._make_durable(effects)
+        killpoints.reach("aggregator.after_commit")
+        self.snapshots.note(effects)
+        self._ask_for_stacks(effects.stacks)
 
     def _make_durable(self, effects: Effects) -> None:
         """Commit, however long the disk stays full: nothing is acknowledged meanwhile, and the journals hold it."""

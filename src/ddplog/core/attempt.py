@@ -35,6 +35,9 @@ class Options:
     max_cells: int = 16 * 1024 * 1024
     """Values (ranks x windows x keys, about 20 bytes each) in the open windows of an attempt, likewise: 64 ranks with 100
     keys may be 2,600 steps apart. As many again may be kept of closed ones, for late values."""
+    max_points: int = 128 * 1024
+    """Points that are emitted at once, about 600 bytes each on their way into the store; what is ready beyond them comes
+    with the next commit. Four times what SQLite takes in the 50 ms between two commits."""
 
 
 _MAX_STALE: Final = 1_000_000
@@ -97,6 +100,7 @@ class Attempt:
         self.hung_unix_ns = 0
         """Since when, by the wall."""
         self.is_replaying = False
+        self._turn = 0
         self._options = options
         self._table = table
         self._emitted_to = dict(emitted_to)
@@ -213,7 +217,7 @@ class Attempt:
             is_past: Another attempt has opened: once all has come, give the memory back.
 
         Returns:
-            The points whose time has come.
+            The points whose time has come, max_points of them; the others next time: has_open says whether.
         """
         self.closed_to = self.watermark.value(now_ns)
         ranks = RankStates(
@@ -223,16 +227,28 @@ class Attempt:
             silent=self.watermark.silent(now_ns),
         )
         is_past &= at_once or self.is_over
-        max_open = self._max_open
+        max_open, num_left = self._max_open, self._options.max_points
         emissions = []
-        for panel in self.panels:
+        self._turn += 1  # whoever comes last may have to wait
+        for index in range(len(self.panels)):
+            panel = self.panels[(index + self._turn) % len(self.panels)]
             panel.keep_closed = min(KEEP_CLOSED, max_open)
-            emission = panel.close_ready(self.closed_to, ranks, now_ns, at_once=at_once or is_past, max_open=max_open)
+            emission = panel.close_ready(
+                self.closed_to, ranks, now_ns, at_once=at_once or is_past, max_open=max_open, max_points=num_left
+            )
             if is_past:
                 panel.shrink()
             if emission is not None:
                 emissions.append(emission)
+                num_left -= emission.num_points
+                if num_left <= 0:
+                    break
         return emissions
+
+    @property
+    def has_open(self) -> bool:
+        """Whether a window is open."""
+        return any(panel.num_open for panel in self.panels)
 
     @property
     def _max_open(self) -> int:
@@ -260,6 +276,7 @@ class Attempt:
             if panel.stale_since_ns is None:
                 continue
             most = max(_MIN_OPEN, self._options.max_cells // max(1, panel.width))  # one derivation's memory
+            most = max(1, min(most, self._options.max_points // len(panel.key_ids)))
             is_due = now_ns - panel.stale_since_ns >= self._options.late_ns
             if at_once or is_due or len(panel.stale_steps) >= min(most, _MAX_STALE):
                 steps = sorted(panel.stale_steps)

@@ -58,6 +58,11 @@ class Emission:
     disagreements: Sequence[tuple[int, int]] = ()
     """(key_id, step) of replicated keys whose ranks did not agree."""
 
+    @property
+    def num_points(self) -> int:
+        """S x K, and what is kept per rank: what it costs on its way into the store."""
+        return len(self.steps) * len(self.key_ids) + len(self.rank_values)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStates:
@@ -424,7 +429,14 @@ class Panel:
         return int(self._ordinal[self._state == OPEN].min())
 
     def close_ready(
-        self, watermark: int, ranks: RankStates, now_ns: int, *, at_once: bool = False, max_open: int = 0
+        self,
+        watermark: int,
+        ranks: RankStates,
+        now_ns: int,
+        *,
+        at_once: bool = False,
+        max_open: int = 0,
+        max_points: int = 0,
     ) -> Emission | None:
         """Close the windows whose time has come.
 
@@ -434,6 +446,7 @@ class Panel:
             now_ns: Monotonic time.
             at_once: Everything, since nothing more will come.
             max_open: Close the oldest beyond this many, complete or not; 0: no limit.
+            max_points: Close at most about so many points now, the oldest, and the others when asked again; 0: no limit.
 
         Returns:
             The points, in the order of steps; None if no window was ready.
@@ -466,6 +479,9 @@ class Panel:
         if not len(slots):
             return None
         slots = slots[np.argsort(self._step[slots])]
+        return self._close(slots[: max(1, max_points // len(self.key_ids))] if max_points else slots, ranks)
+
+    def _close(self, slots: I64, ranks: RankStates) -> Emission:
         emission = self._emit(slots, ranks)
         self.note_emitted(int(self._step[slots[-1]]))
         for slot in slots.tolist():

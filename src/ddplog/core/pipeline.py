@@ -630,18 +630,21 @@ class Pipeline:
     def _decide_end(self, now_ns: int, time_unix_ns: int) -> None:
         if self.is_closed or not self.writers:
             return
-        if self.verdict is None:
+        verdict = self.verdict
+        if verdict is None:
             if not self.nodes_over or not all(self.nodes_over.values()) or not self.is_drained:
                 return
-            self.verdict = self._own_verdict()
+            verdict = self._own_verdict()
         elif not self.is_drained:
             silent = [w for w in self.writers.values() if not w.has_ended]
             if any(now_ns - max(w.last_seen_ns, self.verdict_ns) < SILENT_NODE_NS for w in silent):
                 return
         for attempt in self.attempts.values():
             self._close(attempt, now_ns, time_unix_ns, at_once=True)
+        if any(attempt.has_open for attempt in self.attempts.values()):
+            return  # the rest with the next commit
         self.is_closed = True
-        self._effects.status = self.verdict
+        self.verdict = self._effects.status = verdict
 
     def _own_verdict(self) -> tuple[str, str]:
         """Say how the run ended when no launcher does: from what the ranks of the last attempt said."""
