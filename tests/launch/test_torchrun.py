@@ -123,6 +123,24 @@ def test_sigterm_to_the_launcher_stops_the_ranks_and_exits_like_torchrun(tmp_pat
 
 
 @pytest.mark.system
+@pytest.mark.parametrize("last", [0, 5])
+def test_a_group_that_was_restarted_does_not_take_its_exit_codes_with_it(tmp_path, last):
+    """torchrun tells the failures of the last group only, and none if that ends well."""
+    code = (
+        "import os, sys, time\nlife = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "if os.environ['RANK'] == '1':\n    if life == '0': os.kill(os.getpid(), 9)\n    if life == '1': sys.exit(7)\n"
+        f"    sys.exit({last})\nif life != '2' or {last}: time.sleep(60)\n"
+    )
+    process = start(tmp_path, code, "--max-restarts", "2")
+    out, _ = process.communicate(timeout=100)
+    status = "failed|rank 1: exit code 5" if last else "finished|"
+    assert f"outcome:|{status}\n" in out
+    told = [line for line in out.splitlines() if line.startswith("rank:|1|")]
+    assert told == ["rank:|1|-9|True", "rank:|1|7|True", *(["rank:|1|5|True"] if last else [])]
+    assert process.returncode == bool(last)
+
+
+@pytest.mark.system
 def test_a_job_that_ends_well_prints_nothing(tmp_path):
     process = start(tmp_path, "import os\nos.write(1, os.environb[b'RANK'] + b'\\n')\n")
     out, _ = process.communicate(timeout=100)

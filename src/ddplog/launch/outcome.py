@@ -58,7 +58,7 @@ class Outcome:
     is_hurried: bool = False
     """Whoever ended the job will soon end it with SIGKILL: SLURM and Kubernetes wait 30 s by default."""
     failures: tuple[RankFailure, ...] = ()
-    """Every rank that is known to have failed on this node."""
+    """Every rank that is known to have failed on this node, also in groups that were restarted, the earliest first."""
 
 
 FINISHED: Final = Outcome(status="finished", detail="", exit_code=0)

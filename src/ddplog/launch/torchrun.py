@@ -10,7 +10,9 @@ import importlib.util
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +80,14 @@ def run_torchrun(arguments: argparse.Namespace, environ: Mapping[str, str]) -> O
         arguments: What `make_parser()`'s parser made of the command line.
         environ: Tells whether a scheduler runs us. The workers inherit `os.environ`.
     """
+    with _noting_failures() as earlier:
+        outcome = _run_torchrun(arguments, environ)
+    known = {(failure.rank, failure.pid) for failure in outcome.failures}
+    restarted = tuple(failure for failure in earlier if (failure.rank, failure.pid) not in known)
+    return replace(outcome, failures=restarted + outcome.failures)
+
+
+def _run_torchrun(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Outcome:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
     from torch.distributed.run import run
@@ -100,6 +110,30 @@ def run_torchrun(arguments: argparse.Namespace, environ: Mapping[str, str]) -> O
         _show(exc)
         return launcher_failed(f"torchrun: {type(exc).__name__}: {_first_line(str(exc))}")
     return FINISHED
+
+
+@contextmanager
+def _noting_failures() -> Iterator[list[RankFailure]]:
+    """Note every failure that torchrun's agent sees: it tells only those of the last group, not of a restarted one."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    seen: list[RankFailure] = []
+    monitor = getattr(LocalElasticAgent, "_monitor_workers", None)
+    if monitor is None:  # another torch: what it restarted stays untold
+        yield seen
+        return
+
+    def note(agent: Any, group: Any) -> Any:
+        result = monitor(agent, group)
+        with suppress(Exception):  # whatever else another torch does there, the job goes on
+            seen.extend(_read_failures(result.failures))
+        return result
+
+    LocalElasticAgent._monitor_workers = note  # noqa: SLF001 - there is no public place to learn it
+    try:
+        yield seen
+    finally:
+        LocalElasticAgent._monitor_workers = monitor  # noqa: SLF001
 
 
 def _show(exc: BaseException) -> None:
