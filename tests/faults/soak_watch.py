@@ -1,8 +1,9 @@
 """Watches the processes of a job: resident memory, descriptors and threads of each, by role and life.
 
-A slope is that of a line through the samples of all lives of a role at once, each life with a level of its own: what
-grows with the records that the job has taken, whatever a life began with. The start of every life is left out, since
-a process that catches up fills its buffers once.
+A slope is the median of those between any two samples of one life, of all lives of a role at once, the farther apart
+the heavier (Theil and Sen): what grows with the records, whatever a life began with. A backlog that comes and goes moves
+a line of least squares by ten MB per million, and this one hardly. The start of every life is left out, since a process
+that catches up fills its buffers once.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ ROLES = {
     "ddplog.forward.__main__": "forwarder",
     "train.py": "rank",
 }
+_MOST_SAMPLES = 400
+"""Of one life, between any two of which a slope is taken."""
 _GROWN_UP_S = 0.3
-"""A process that is younger may still have the command line of the one that forked it."""
+"""A process that is younger may still have the command line of the one that forked it; and if that one was stopped in
+the midst of it, so may one that is older: the command line is looked at again every time."""
+_SETTLED_S = 10.0
+"""Who is somebody else's at this age is no more looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,7 @@ class Life:
 
     role: str
     process: psutil.Process
+    words: list[str]
     began: float
     samples: list[Sample] = field(default_factory=list)
 
@@ -57,9 +64,9 @@ class Trend:
     records: int
     """Seen by the lives together, after warm-up."""
     mb_per_million: float
-    """NaN: too little was seen for a line."""
-    error: float
-    """Of the slope: one standard error. Samples follow each other, so it is too small rather than too large."""
+    """NaN: too little was seen."""
+    between: tuple[float, float]
+    """Where four of five of the slopes between two samples lie."""
     first_mb: float
     """Mean of the lives' first samples after warm-up."""
     last_mb: float
@@ -71,7 +78,7 @@ class Trend:
     def __str__(self) -> str:
         return (
             f"{self.lives:4} lives {self.samples:6} samples {self.records:11,} records  {self.mb_per_million:+8.3f} "
-            f"+- {self.error:.3f} MB per million  rss {self.first_mb:.1f} -> {self.last_mb:.1f}, at most {self.most_mb:.1f} MB  "
+            f"({self.between[0]:+.1f} to {self.between[1]:+.1f}) MB per million  rss {self.first_mb:.1f} -> {self.last_mb:.1f}, at most {self.most_mb:.1f} MB  "
             f"fds {self.fds[0]} -> {self.fds[1]}  threads {self.threads[0]} -> {self.threads[1]}"
         )
 
@@ -97,10 +104,13 @@ class Watch:
         """Take a sample of every process."""
         self._find()
         now = time.time()
-        for life in self._lives.values():
+        for key, life in list(self._lives.items()):
             if not _lives(life.process):
                 continue
             try:
+                if life.process.cmdline() != life.words:
+                    del self._lives[key]
+                    continue
                 with life.process.oneshot():
                     rss = life.process.memory_info().rss / 1e6
                     counts = life.process.num_fds(), life.process.num_threads()
@@ -121,8 +131,8 @@ class Watch:
             role = next((role for name, role in ROLES.items() if any(name in word for word in words)), None)
             is_ours = any(self._folder in word for word in words) and not words[1].endswith("launcher.py")
             if role is not None and is_ours:
-                self._lives[key] = Life(role, process, key[1])
-            else:
+                self._lives[key] = Life(role, process, words, key[1])
+            elif time.time() - key[1] > _SETTLED_S:
                 self._strangers.add(key)
 
     def trends(self, warm_up_s: float, warm_up_records: int) -> dict[str, Trend]:
@@ -152,18 +162,13 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _trend(lives: list[list[Sample]]) -> Trend:
-    x = np.concatenate([_centred([s.num_records / 1e6 for s in life]) for life in lives])
-    y = np.concatenate([_centred([s.rss_mb for s in life]) for life in lives])
-    spread = float(x @ x)
-    slope = float(x @ y) / spread if spread > 0 else float("nan")
-    rest = y - slope * x
-    error = float(np.sqrt(rest @ rest / max(1, len(x) - len(lives) - 1) / spread)) if spread > 0 else float("nan")
+    low, middle, high = _slopes(lives)
     return Trend(
         lives=len(lives),
-        samples=len(x),
+        samples=sum(map(len, lives)),
         records=sum(life[-1].num_records - life[0].num_records for life in lives),
-        mb_per_million=slope,
-        error=error,
+        mb_per_million=middle,
+        between=(low, high),
         first_mb=float(np.mean([life[0].rss_mb for life in lives])),
         last_mb=float(np.mean([life[-1].rss_mb for life in lives])),
         most_mb=max(sample.rss_mb for life in lives for sample in life),
@@ -172,9 +177,25 @@ def _trend(lives: list[list[Sample]]) -> Trend:
     )
 
 
-def _centred(values: list[float]) -> np.ndarray:
-    column = np.asarray(values)
-    return column - column.mean()
+def _slopes(lives: list[list[Sample]]) -> tuple[float, float, float]:
+    """Return the 10, 50 and 90 % of the slopes between two samples of a life, weighted by the records between them."""
+    slopes, weights = [], []
+    for life in lives:
+        some = life[:: max(1, len(life) // _MOST_SAMPLES)]
+        records = np.asarray([sample.num_records for sample in some]) / 1e6
+        rss = np.asarray([sample.rss_mb for sample in some])
+        first, second = np.triu_indices(len(some), 1)
+        apart = records[second] - records[first]
+        moved = apart > 0
+        slopes.append((rss[second] - rss[first])[moved] / apart[moved])
+        weights.append(apart[moved])
+    slope, weight = np.concatenate(slopes), np.concatenate(weights)
+    if not len(slope):
+        return (float("nan"),) * 3
+    order = np.argsort(slope)
+    share = np.cumsum(weight[order]) / weight.sum()
+    low, middle, high = (float(slope[order][np.searchsorted(share, part)]) for part in (0.1, 0.5, 0.9))
+    return low, middle, high
 
 
 def _halves(lives: list[list[int]]) -> tuple[int, int]:

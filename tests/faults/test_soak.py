@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from faults.grid_job import Grid
-from faults.soak_watch import Watch
+from faults.soak_watch import ROLES, Watch
 
 from ddplog.errors import DdplogError
 from ddplog.store.reader import open_run
@@ -47,6 +47,7 @@ class Faults:
     def __init__(self, watch, chance, every_s, stop_s):
         self._watch, self._chance, self._every_s, self._stop_s = watch, chance, every_s, stop_s
         self.seen = Counter()
+        self._deck = []
         self._stopped = None
         self._next = time.monotonic() + every_s
 
@@ -59,8 +60,10 @@ class Faults:
                 self._stopped.send_signal(signal.SIGCONT)
             self._stopped = None
         else:
-            (what,) = self._chance.choices(list(FAULTS), list(FAULTS.values()))
-            self._do(what)
+            if not self._deck:
+                self._deck = [what for what, times in FAULTS.items() for _ in range(times)]
+                self._chance.shuffle(self._deck)
+            self._do(self._deck.pop())
         wait_s = self._stop_s if self._stopped is not None else self._every_s * self._chance.uniform(0.3, 1.7)
         self._next = now + wait_s
 
@@ -160,6 +163,7 @@ def test_a_short_soak_loses_and_doubles_nothing(job, suite_table):
         warm_up_s=0.5,
         warm_up_records=0,
     )
+    assert trends["rank"].lives == 4
     for role, trend in trends.items():
         assert max(trend.fds) < MOST_FDS, f"{role}: {trend}"
         assert max(trend.threads) < MOST_THREADS, f"{role}: {trend}"
@@ -184,7 +188,8 @@ def test_20_million_records_under_faults_leave_memory_descriptors_and_threads_fl
         warm_up_s=5,
         warm_up_records=300_000,
     )
-    assert set(trends) == {"agent", "aggregator", "forwarder", "rank"}
+    assert set(trends) == set(ROLES.values())
+    assert trends["rank"].lives == 8
     for role, trend in trends.items():
         assert trend.mb_per_million < MOST_MB_PER_MILLION, f"{role}: {trend}"
         assert trend.fds[1] <= trend.fds[0] + MORE_FDS, f"{role}: descriptors: {trend}"
