@@ -91,7 +91,7 @@ def test_an_ended_run_is_delivered_and_drained(store, use):
     assert (sink.closed.status, sink.closed.detail) == ("failed", "rank 1")
     assert cursor(store) == {
         "format": 1, "cursor": 34, "position": {"num_items": 34}, "store_uuid": "aa" * 16, "num_delivered": 34,
-        "num_dead": 0,
+        "num_dead": 0, "rewinds": [],
     }  # fmt: skip
     shown = state(store)
     assert (shown["name"], shown["state"], shown["cursor"], shown["lag"]) == ("memory", "drained", 34, 0)

@@ -2,7 +2,7 @@
 
 lock          POSIX record lock: one forwarder per sink
 cursor.json   {"format": 1, "cursor": int, "position": object | null, "store_uuid": hex, "num_delivered": int,
-              "num_dead": int}; replaced, durable. Every emission with id <= cursor is in the sink or in dead.jsonl,
+              "num_dead": int, "rewinds": [[attempt, step, key]]}; replaced, durable. Every emission with id <= cursor is in the sink or in dead.jsonl,
               and counted as such.
 dead.jsonl    refused for good: one emission a line as in the JSONL sink, plus "reason"; durable before the
               cursor passes it
@@ -18,12 +18,13 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from ddplog.core.delivery import Dead, Position
 from ddplog.errors import PermanentSinkError
+from ddplog.forward.rewinds import Rewind
 from ddplog.journal.spool import sync_directory, write_atomic
 from ddplog.sinks.jsonl import as_object, encode_line
 from ddplog.store.sink_states import SinkState
@@ -40,6 +41,7 @@ class Cursor:
     store_uuid: str = ""
     num_delivered: int = 0
     num_dead: int = 0
+    rewinds: tuple[Rewind, ...] = ()
 
 
 class Ledger:
@@ -97,6 +99,7 @@ class Ledger:
                 store_uuid=str(raw.get("store_uuid", "")),
                 num_delivered=int(raw.get("num_delivered") or 0),
                 num_dead=int(raw.get("num_dead") or 0),
+                rewinds=tuple(Rewind(int(a), int(step), str(key)) for a, step, key in raw.get("rewinds") or ()),
             )
         except FileNotFoundError:
             return Cursor()
@@ -115,6 +118,7 @@ class Ledger:
             "store_uuid": cursor.store_uuid,
             "num_delivered": cursor.num_delivered,
             "num_dead": cursor.num_dead,
+            "rewinds": [astuple(rewind) for rewind in cursor.rewinds],
         }
         write_atomic(self.folder / "cursor.json", json.dumps(raw).encode())
 

@@ -23,6 +23,7 @@ from typing import Final, Protocol
 from ddplog.core.delivery import Backoff, Delivery, RunStatus, Send, Wait
 from ddplog.errors import ConfigError, PermanentSinkError, RetryableSinkError, RunNotFoundError, SinkError
 from ddplog.forward.ledger import Cursor, Ledger
+from ddplog.forward.rewinds import Rewinds
 from ddplog.killpoints import reach
 from ddplog.sinks import Sink, SinkSpec, make_sink, parse_spec
 from ddplog.store.emissions import EmissionReader
@@ -147,6 +148,7 @@ class Forwarder:
             num_delivered=stored.num_delivered,
             num_dead=stored.num_dead,
         )
+        self._rewinds = Rewinds(stored.rewinds, parts.reader.last_step)
         self._next_state_ns = 0
         self._state = ""
         self._reason = ""
@@ -234,6 +236,7 @@ class Forwarder:
         before = delivery.cursor
         try:
             delivery.succeeded(self._parts.sink.write(action.batch))
+            self._rewinds.note(action.batch)
         except RetryableSinkError as exc:
             delivery.failed_retryable(self._host.now_ns(), self._host.jitter(), exc.retry_after_s)
             self._show("retrying", str(exc))
@@ -251,6 +254,7 @@ class Forwarder:
                 store_uuid=self._uuid,
                 num_delivered=delivery.num_delivered,
                 num_dead=delivery.num_dead,
+                rewinds=tuple(self._rewinds.known),
             )
         )
         reach("forwarder.after_cursor")
@@ -291,6 +295,7 @@ class Forwarder:
             self._reason = detail
         num_dead = self._delivery.num_dead
         notes = [self._reason, self._parts.sink.detail, f"{num_dead} refused, see dead.jsonl" if num_dead else ""]
+        notes.append(self._rewinds.describe(self._parts.sink.capabilities.on_rewind))
         self._parts.ledger.write_state(
             SinkState(
                 name=self._parts.spec.folder_name,

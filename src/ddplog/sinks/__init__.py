@@ -39,6 +39,8 @@ class Capabilities:
     """Whether a later revision of a point replaces the earlier one there; if not, revision 0 is all it gets."""
     promise: str
     """"exactly once", or "at least once" and which part may be doubled after a crash."""
+    on_rewind: str = "they are sent again"
+    """What becomes of the steps that a restart from a checkpoint repeats; the sink's state tells it with the first one."""
 
 
 class Sink(Protocol):

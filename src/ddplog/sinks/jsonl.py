@@ -48,7 +48,11 @@ class JsonlSink:
     Does not guarantee: that a reader of the live file sees whole lines; the last one may be under way, or go again.
     """
 
-    capabilities = Capabilities(can_overwrite=True, promise="exactly once")
+    capabilities = Capabilities(
+        can_overwrite=True,
+        promise="exactly once",
+        on_rewind="further lines with their attempt, of which the highest counts",
+    )
     limits = Limits(max_items=2000)
     detail = ""
 

@@ -69,7 +69,9 @@ class TensorBoardSink:
     event file.
     """
 
-    capabilities = Capabilities(can_overwrite=False, promise="exactly once")
+    capabilities = Capabilities(
+        can_overwrite=False, promise="exactly once", on_rewind="TensorBoard drops what it showed of a tag from there on"
+    )
     limits = Limits(max_items=2000)
 
     def __init__(self, target: str = "") -> None:

@@ -82,6 +82,15 @@ class EmissionReader:
         with self._reading() as db:
             return int(_meta(db, META_NEXT_ID) or 1) - 1
 
+    def last_step(self, key: str, below_attempt: int) -> int | None:
+        """Return the last step of a metric in the attempts below one; None if it has no point there."""
+        sql = (
+            "SELECT step FROM points JOIN keys USING (key_id) WHERE name = ? AND attempt < ? ORDER BY step DESC LIMIT 1"
+        )
+        with self._reading() as db:
+            row = db.execute(sql, (key, below_attempt)).fetchone()
+        return None if row is None else int(row[0])
+
     def status(self) -> RunStatus:
         """Return how the run stands."""
         with self._reading() as db:
