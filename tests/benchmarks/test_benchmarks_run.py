@@ -45,6 +45,17 @@ def test_bench_ingest(tmp_path):
         assert results[name]["exit_code"] == 0
 
 
+def test_bench_faults(tmp_path):
+    shown, results = run("bench_faults.py", tmp_path)
+
+    names = {"baseline", "aggregator stopped", "sink stopped", "spool full"}
+    assert names <= set(results["tight"]) == set(results["paced"]) <= names | {"disk full"}
+    assert ("disk full" in results["tight"]) != ("left out" in shown)
+    assert results["tight"]["baseline"]["ratio"] == {"p50": 1, "p99": 1, "p99.9": 1}
+    for name, share in results["dropped_share"].items():
+        assert share == (1 if name.endswith("full") else 0), name
+
+
 def test_bench_step(tmp_path):
     pytest.importorskip("torch")
     shown, results = run("bench_step.py", tmp_path)

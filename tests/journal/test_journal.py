@@ -16,7 +16,7 @@ from ddplog.core.records import KIND_SCALARS, KIND_SCHEMA, WORD, decode, scan_pa
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal import segment as layout
 from ddplog.journal.reader import Hole, JournalReader
-from ddplog.journal.writer import JournalFullError, JournalWriter
+from ddplog.journal.writer import NO_WEIGHT, JournalFullError, JournalWriter
 
 
 def make_writer(folder, **options):
@@ -381,3 +381,22 @@ def test_the_spool_is_counted_in_bytes_also_where_segments_hold_a_giant_record(t
     writer._retry_at_ns = 0
     for _ in range(3):
         writer.append_message({"type": "text", "key": "k", "text": "x" * 200_000})
+
+
+def test_where_there_was_no_room_a_moment_ago_values_are_refused_at_once_and_counted(tmp_path, monkeypatch):
+    """A full disk must not make log() slow: 3 us instead of 12."""
+    writer = make_writer(tmp_path / "j", spool_bytes=2 * 64 * 1024)
+    with pytest.raises(JournalFullError):  # noqa: PT012 - which of them is the first is not the point
+        for _ in range(10_000):
+            append(writer, ("a", "b"), [1.0, 2.0])
+    written = writer.next_seq
+    writer._checked_ns, writer._next_check_ns, writer._retry_at_ns = 0, 1 << 62, 1 << 62
+    monkeypatch.setattr(JournalWriter, "_roll", lambda *_: pytest.fail("the disk was asked again"))
+    for _ in range(5):
+        assert writer.log_floats({"a": 1.0, "b": 2.0}, 1, NO_WEIGHT)
+    assert (writer.next_seq, writer.drops) == (written, {"spool_full": 10})
+    writer._retry_at_ns = 0
+    assert not writer.log_floats({"a": 1.0, "b": 2.0}, 1, NO_WEIGHT), "the slow path asks the disk once a second"
+    writer._retry_at_ns, writer._next_check_ns = 1 << 62, 0
+    assert not writer.log_floats({"a": 1.0, "b": 2.0}, 1, NO_WEIGHT), "and looks at the agent"
+    assert writer.drops == {"spool_full": 10}

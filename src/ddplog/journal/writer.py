@@ -150,7 +150,8 @@ class JournalWriter:
         """Append the values, if they are all plain floats under keys seen before.
 
         Returns:
-            False if they are not, or if there is something else to do first: the caller takes the slow path.
+            False if they are not, or if there is something else to do first: the caller takes the slow path. True also
+            if they were dropped and counted, since there was no room a moment ago: the slow path has said so then.
         """
         with self._lock:
             if self._is_busy:
@@ -175,7 +176,7 @@ class JournalWriter:
                 offset = self._offset
                 end = offset + schema.size
                 if end > self._limit or not self._checked_ns <= now <= self._next_check_ns:
-                    return False
+                    return self._checked_ns <= now <= self._next_check_ns and self._refuse(len(keys))
                 # float.conjugate() is a type check at the speed of C: it returns a float itself, and raises TypeError
                 # for what is none without calling into it. float() or struct alone would ask a CUDA tensor: a sync.
                 body = schema.pack(
@@ -193,6 +194,13 @@ class JournalWriter:
                 raise
             finally:
                 self._is_busy = False
+        return True
+
+    def _refuse(self, num_values: int) -> bool:
+        """Drop and count values for which there is no room, if that was found out within the last second."""
+        if time.monotonic_ns() >= self._retry_at_ns:
+            return False
+        self.drop(self._full_reason, num_values)
         return True
 
     def _settle(self) -> None:
