@@ -70,24 +70,39 @@ class Agent:
         self.launcher = _pidfd(job.launcher_pid, job.launcher_ticks)
         self.over_since_ns: int | None = None
         self.discovered_ns = 0
+        self.trouble = ""
+        """The last error that it went on after."""
 
     def run(self) -> None:
         """Ship until there is nothing left to ship."""
         while True:
-            now = time.monotonic_ns()
-            if now - self.discovered_ns > _DISCOVER_NS:
-                self.discovered_ns = now
-                self.shipper.discover()
-            self.shipper.check_deaths(now)
-            self._supervise(now)
-            if self.discovered_ns == now and not self.is_up:
-                self._connect()
-            is_over = self._is_over(now)
-            self._exchange(now, is_over=is_over)
-            self.shipper.keep_durable(now)
-            if is_over and self._may_leave(now):
-                return
+            try:
+                if self._round(time.monotonic_ns()):
+                    return
+            except OSError as exc:
+                # A disk, or too many open files. The dead ranks' journals have nobody else: go on, from what is
+                # acknowledged.
+                if not self.folder.is_dir():
+                    raise
+                if str(exc) != self.trouble:
+                    _logger.error("going on after %r", exc)
+                self.trouble = str(exc)
+                self.shipper.joined()
             self._wait()
+
+    def _round(self, now: int) -> bool:
+        """Do what is due; return whether there is nothing left to do."""
+        if now - self.discovered_ns > _DISCOVER_NS:
+            self.discovered_ns = now
+            self.shipper.discover()
+        self.shipper.check_deaths(now)
+        self._supervise(now)
+        if self.discovered_ns == now and not self.is_up:
+            self._connect()
+        is_over = self._is_over(now)
+        self._exchange(now, is_over=is_over)
+        self.shipper.keep_durable(now)
+        return is_over and self._may_leave(now)
 
     def _wait(self) -> None:
         timeout_ms = _BUSY_MS if self.shipper.has_more else _IDLE_MS

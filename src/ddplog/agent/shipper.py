@@ -93,6 +93,7 @@ class Shipper:
         self.tracked: dict[bytes, Tracked] = {}
         self.stacks = Stacks()
         self._known: set[str] = set()
+        self._troubled: set[str] = set()
         self._is_hello_due = False
         self._hello_ns = 0
         self._heartbeat_ns = 0
@@ -109,15 +110,21 @@ class Shipper:
         for folder in (self.folder, *self.adopted):
             for path in folder.iterdir():
                 if str(path) not in self._known and _is_journal(path):
-                    self._known.add(str(path))
                     self._track(path, is_adopted=folder is not self.folder)
 
     def _track(self, path: Path, *, is_adopted: bool) -> None:
         try:
             reader = JournalReader(path)
-        except (OSError, ValueError, RemoteProtocolError) as exc:
+        except OSError as exc:  # a disk, or too many open files: it may go the next time
+            if str(path) not in self._troubled:
+                self._troubled.add(str(path))
+                _logger.error("cannot open the journal %s, trying again: %s", path, exc)
+            return
+        except (ValueError, RemoteProtocolError) as exc:
+            self._known.add(str(path))
             _logger.error("cannot read the journal %s: %s", path, exc)
             return
+        self._known.add(str(path))
         reader.sync()  # before anybody is told of it: a power cut must not take a journal that is waited for
         process = Process(lambda: reader.holder)
         self.tracked[reader.incarnation] = Tracked(
