@@ -7,23 +7,21 @@ before that is checked: never to another process that was given its pid, nor to 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
-import struct
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ddplog.core.stacks import MAX_TEXT, cut
+from ddplog.journal import segment as layout
 
 PATIENCE_NS: Final = 3_000_000_000
 """How long a rank has to write its stacks: one that does not is stopped, or inside an uninterruptible system call."""
 QUIET_NS: Final = 100_000_000
 """A text that has not grown for this long is whole: faulthandler writes it in one go, a line at a time."""
-_FLOCK: Final = struct.Struct("hhqqi4x")
 _STATES: Final = {
     "D": "it is in an uninterruptible system call",
     "T": "it is stopped",
@@ -129,10 +127,8 @@ def _find(folder: Path) -> tuple[Path, int]:
 
 def _holder(path: Path) -> int:
     """Return the pid of the process that holds a POSIX lock on the file; 0 if there is none, or none we can see."""
-    with closing(path.open("r+b")) as file:
-        answer = fcntl.fcntl(file, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    kind, _, _, _, pid = _FLOCK.unpack(answer)
-    return max(0, pid) if kind != fcntl.F_UNLCK else 0
+    with path.open("r+b") as file:
+        return max(0, layout.holder(file.fileno()))
 
 
 def _catches(pid: int, number: int) -> bool:

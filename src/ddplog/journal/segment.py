@@ -22,6 +22,7 @@ NNNNNN.seg  a segment, numbered from 1: 64 header bytes, then frames (core/recor
           that a segment that can be seen has its header. When segment N+1 can be seen, N has no further frame. It is
           never used again for other records. All of this holds while the node is up; what a power cut leaves of it,
           reader.py says.
+stacks.N  what signal N makes the rank append: its threads' Python stacks (worker/stacks.py); the agent reads and empties it
 NNNNNN.new, NNNNNN.copy  a segment that is being made, or written anew; nobody reads them.
 
 Format 1 is the first that was released; READABLE says what this ddplog reads.
