@@ -3,7 +3,7 @@
     <spool>/                      0700, owner checked
       <hash of the run's folder>.secret    the job secret of a run whose id was given: two launchers may take part in it
       <job_key>-<run>/            one per run per node
-        job.json                  what the run is: JobInfo; written once, completed under job.lock
+        job.json                  what the run is: JobInfo, and its format; written once, completed under job.lock
         job.lock                  POSIX lock around job.json
         secret                    0600, 64 hex digits: the job secret
         spawn.lock                who starts the agent; holds the CLOCK_BOOTTIME at which that was last tried
@@ -31,7 +31,7 @@ import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,6 +73,10 @@ _INNERMOST: Final = (
     "JSM_NAMESPACE_RANK",
 )
 """What only a launcher's own ranks carry, in the order of worker/identity.py: where one is there, it alone counts."""
+
+
+JOB_FORMAT: Final = 1
+"""Of job.json. New fields have defaults; another number is for a change that an older ddplog would get wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,13 +282,23 @@ def locked(path: Path) -> Iterator[int]:
 def read_job(folder: Path) -> JobInfo:
     """Read job.json.
 
+    A field that another release has added since is passed over, or has its default.
+
     Raises:
         FileNotFoundError: If the job has not been declared.
+        ValueError: If it is of a format that is not ours, or no job.
     """
-    raw = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    raw["sinks"] = tuple(raw["sinks"])
-    raw["tags"] = tuple(raw["tags"])
-    return JobInfo(**raw)
+    path = folder / "job.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    found = raw.get("format", JOB_FORMAT)
+    if found != JOB_FORMAT:
+        raise ValueError(f"{path}: format {found}; this ddplog reads {JOB_FORMAT}")
+    known = {field.name for field in fields(JobInfo)}
+    given = {name: value for name, value in raw.items() if name in known}
+    try:
+        return JobInfo(**given | {"sinks": tuple(raw["sinks"]), "tags": tuple(raw["tags"])})
+    except (KeyError, TypeError) as exc:
+        raise ValueError(f"{path}: not a job: {exc!r}") from exc
 
 
 def secret_path(spool: Path, run_dir: Path) -> Path:
@@ -326,6 +340,6 @@ def declare_job(folder: Path, info: JobInfo, *, may_meet: bool = False) -> JobIn
             if not secret:
                 secret = _agree(secret_path(folder.parent, info.run_dir)) if may_meet else secrets.token_hex(32)
             write_atomic(folder / "secret", secret.encode())
-            write_atomic(folder / "job.json", json.dumps(asdict(info), default=str).encode())
+            write_atomic(folder / "job.json", json.dumps({"format": JOB_FORMAT, **asdict(info)}, default=str).encode())
             sync_directory(folder.parent)  # what is durable in the folder is found again after a power cut
             return info

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddplog.core.delivery import Emission, Event, Param, Point, RankPoint, RunInfo, RunStatus, Text
-from ddplog.errors import RunNotFoundError
-from ddplog.store.schema import META_NEXT_ID, META_RUN, META_STATUS, META_STORE_UUID
+from ddplog.errors import ConfigError, RunNotFoundError
+from ddplog.store.schema import FORMAT_VERSION, META_FORMAT, META_NEXT_ID, META_RUN, META_STATUS, META_STORE_UUID
 
 _BUSY_S: Final = 5.0
 
@@ -51,6 +51,7 @@ class EmissionReader:
 
     Raises:
         RunNotFoundError: From the constructor and from every method, if there is no store (yet, or any more).
+        ConfigError: From the constructor, if the store is of a format that is not ours.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -58,6 +59,11 @@ class EmissionReader:
         self._inode = -1
         self._db: sqlite3.Connection | None = None
         with self._reading() as db:
+            found = _meta(db, META_FORMAT)
+            if found not in (None, FORMAT_VERSION):
+                raise ConfigError(
+                    "run_id", run_dir.name, f"{self._path}: format {found}; this ddplog reads {FORMAT_VERSION}"
+                )
             if _meta(db, META_RUN) is None:
                 raise RunNotFoundError(f"{self._path}: the store does not say which run it is (yet)")
 
