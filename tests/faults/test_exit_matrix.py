@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -177,7 +178,7 @@ def test_every_ending_is_stored_and_told(job, suite_table):
     """Reliability cases 23 and 24: nothing depends on atexit, a handler or a thread; the user's handlers stay his."""
     (job.folder / "endings.json").write_text(json.dumps([(e.code, e.sent) for e in ENDINGS.values()]))
     job.script(SCRIPT)
-    out, _ = job.run("python", job.script(LAUNCH, "launch.py"), **PATIENCE)
+    out, _ = job.run(sys.executable, job.script(LAUNCH, "launch.py"), **PATIENCE)
     told = json.loads(out)
     with job.open() as run:
         writers = {writer.rank: writer for writer in run.writers()}
@@ -238,7 +239,7 @@ def test_threads_that_log_while_the_interpreter_goes_down_are_accounted_for(job,
     """Reliability case 24: every call that returned is stored, or counted as one that came after the end."""
     (job.folder / "endings.json").write_text(json.dumps([(code, ()) for code in GOING_DOWN]))
     job.script(THREADS)
-    out, _ = job.run("python", job.script(LAUNCH, "launch.py"), **PATIENCE)
+    out, _ = job.run(sys.executable, job.script(LAUNCH, "launch.py"), **PATIENCE)
     assert [code for code, _, _ in json.loads(out)] == list(GOING_DOWN.values())
     with job.open() as run:
         writers = {writer.rank: writer for writer in run.writers()}
@@ -280,7 +281,7 @@ finally:
 
 def test_a_second_ctrl_c_ends_the_wait_for_the_store(job, suite_table):
     """Reliability case 23: with the agent stopped the store gets nothing; the exit code and the data are as with one."""
-    process = job.start("python", job.script(TWO_INTERRUPTS), DDPLOG_EXIT_WAIT_S="600")
+    process = job.start(sys.executable, job.script(TWO_INTERRUPTS), DDPLOG_EXIT_WAIT_S="600")
     assert process.stdout.readline() == "ready\n"
     agent = wait_until(job.agent_pid)
     os.kill(agent, signal.SIGSTOP)
@@ -315,7 +316,7 @@ run.log({"a": 30.0}, step=10)
 
 def test_a_notebook_cell_that_runs_again_goes_on_with_its_run(job, suite_table):
     """The earlier handle ends where the next begins: it would hold the rank, and the new one be its duplicate."""
-    job.run("python", job.script(NOTEBOOK), DDPLOG_RUN_ID=None, **PATIENCE)
+    job.run(sys.executable, job.script(NOTEBOOK), DDPLOG_RUN_ID=None, **PATIENCE)
     with job.open() as run:
         for attempt in range(3):
             values = [10.0 * attempt + step for step in range(11 if attempt == 2 else 10)]
@@ -353,7 +354,7 @@ def test_the_run_tells_how_it_ended_and_the_exit_code_is_the_jobs_own(job, is_la
     def end(number_and_name):
         number, name = number_and_name
         ending = ENDINGS[name]
-        process = job.start(*launcher, "python", script, ending.code, DDPLOG_RUN_ID=f"run-{number}", **PATIENCE)
+        process = job.start(*launcher, sys.executable, script, ending.code, DDPLOG_RUN_ID=f"run-{number}", **PATIENCE)
         assert process.stdout.readline() == "ready\n", process.communicate()
         for signum in ending.sent:
             process.send_signal(signum)

@@ -181,7 +181,7 @@ def forked_at(line, call):
     go, start = os.pipe()
     def look(frame, event, argument):
         nonlocal count, pid
-        if frame.f_code.co_filename != writer.__file__ or frame.f_code.co_name in ("_roll", "_map_new"):
+        if frame.f_code.co_filename != writer.__file__ or frame.f_code.co_name in ("_roll", "_map_new", "<dictcomp>"):
             return None
         if event == "line":
             count += 1
