@@ -120,8 +120,9 @@ class Watch:
             life.samples.append(Sample(now - life.began, its_own, rss, *counts))
 
     def _find(self) -> None:
-        for process in psutil.process_iter():
+        for pid in psutil.pids():  # process_iter() would give the old process of a pid that came again
             try:
+                process = psutil.Process(pid)
                 key = process.pid, process.create_time()
                 if key in self._lives or key in self._strangers or time.time() - key[1] < _GROWN_UP_S:
                     continue
@@ -136,14 +137,14 @@ class Watch:
                 self._strangers.add(key)
 
     def trends(self, warm_up_s: float, warm_up_records: int) -> dict[str, Trend]:
-        """Return each role's, from the samples that are both so old and so many records into their life."""
+        """Return each role's, from the samples that are so old, and so many of the job's records into their life."""
         found = defaultdict(list)
         for life in self._lives.values():
-            warm = [
-                sample
-                for sample in life.samples
-                if sample.age_s >= warm_up_s and sample.num_records >= life.samples[0].num_records + warm_up_records
-            ]
+            if not life.samples:
+                continue
+            its_own = warm_up_records // self._ranks if life.role == "rank" else warm_up_records
+            least = life.samples[0].num_records + its_own
+            warm = [sample for sample in life.samples if sample.age_s >= warm_up_s and sample.num_records >= least]
             if len(warm) >= 4:
                 found[life.role].append(warm)
         return {role: _trend(lives) for role, lives in sorted(found.items())}

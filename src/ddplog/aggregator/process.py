@@ -23,6 +23,7 @@ from typing import Final
 from ddplog import killpoints
 from ddplog.aggregator.control import ControlServer
 from ddplog.aggregator.forwarders import Forwarders
+from ddplog.aggregator.memory import give_back
 from ddplog.aggregator.snapshot import Snapshots
 from ddplog.aggregator.stacks import StackDesk, requests
 from ddplog.core.attempt import Options
@@ -301,6 +302,7 @@ class Aggregator:
         self._answer()
         if now - self._trimmed_ns > _TRIM_NS:
             self._trimmed_ns = now
+            give_back()
             keep_from = self._positions[0][1].file if self._positions else self.store.rank_log.end.file
             self.store.rank_log.trim(int(self.job.settings["rank_log_bytes"]), keep_from)
 
