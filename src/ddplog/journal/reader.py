@@ -92,6 +92,8 @@ class JournalReader:
         self.identity: Mapping[str, Any] = json.loads(text)
         self._alive = _open_lock(folder / "alive")
         self._segment: _Segment | None = None
+        self._paths = (folder, folder)
+        """Of the segment and of the next one: looked for at every idle round of the agent, for every rank."""
         self._offset = layout.SEGMENT_HEADER_BYTES
         self._at_seq = 0
         """The seq of the frame at the offset."""
@@ -218,8 +220,7 @@ class JournalReader:
         """Whether nothing is appended to the segment any more: there is a later one, be it that this one and the next
         have been deleted.
         """
-        assert self._segment is not None
-        this, following = (self.folder / layout.segment_name(self._segment.number + n) for n in (0, 1))
+        this, following = self._paths
         return following.exists() or not this.exists() or not self.is_alive
 
     def _pass_hole(self) -> bool:
@@ -253,6 +254,8 @@ class JournalReader:
         elif not self.next_seq:
             self.next_seq = segment.first_seq  # read without a seek(): from the oldest that is left
         self._segment = segment
+        number = segment.number
+        self._paths = self.folder / layout.segment_name(number), self.folder / layout.segment_name(number + 1)
         self._offset = layout.SEGMENT_HEADER_BYTES
         self._at_seq = segment.first_seq
 
@@ -346,7 +349,7 @@ class JournalReader:
     def _has_unread(self) -> bool:
         """Whether there may be frames behind the cursor: while nobody takes them, they have to be durable here."""
         segment = self._segment
-        if segment is None or (self.folder / layout.segment_name(segment.number + 1)).exists():
+        if segment is None or self._paths[1].exists():
             return True
         return self._offset + 8 <= segment.size and any(segment.view[self._offset : self._offset + 8])
 
