@@ -530,7 +530,7 @@ def test_a_rank_far_ahead_does_not_fill_the_memory():
     for step in range(1, 20_001):
         ranks[2].log(step, k0=4.0)
     h.send(ranks[2])
-    for _ in range(3):
+    for _ in range(30):
         h.tick(200)
     assert sum(cells(h)) <= 4 * limit
     assert {len(h.points["k0", step, 0]) for step in range(1, 15_000)} == {2}, "derived again, once each"
@@ -570,11 +570,16 @@ def test_what_is_derived_at_once_is_bounded_too():
         a.log(step, x=3.0)
     h.send(a)
     h.now += 200
-    stale = h.pipeline.take_stale(h.now)
-    assert len(stale) >= 4
-    assert max(len(part.steps) for part in stale) <= 100
-    assert not set.intersection(*(set(part.steps) for part in stale[:2]))
-    assert h.pipeline.take_stale(h.now + 200) == []
+    (first,) = h.pipeline.take_stale(h.now)
+    assert len(first.steps) == 100
+    assert {step for part in h.pipeline.unsettled for step in part.steps}.isdisjoint(first.steps)
+    (second,) = h.pipeline.take_stale(h.now)
+    rest = h.pipeline.take_stale(h.now, at_once=True)
+    assert len(rest) >= 2
+    assert max(len(part.steps) for part in rest) <= 100
+    every = [step for part in (first, second, *rest) for step in part.steps]
+    assert len(every) == len(set(every)) >= 400
+    assert h.pipeline.take_stale(h.now + 200, at_once=True) == []
 
 
 def test_an_attempt_that_is_over_gives_its_memory_back():

@@ -119,7 +119,7 @@ def wait_for_calls(job, ranks, num_calls, timeout_s=60):
 
 def check_books(job, ranks):
     """The run, once it has ended: every rank's and the sink's books balance."""
-    with job.open(90) as run:
+    with job.open(240) as run:
         audits = {row.rank: row for row in rank_audits(run.writers(), run.drops())}
         for rank in range(ranks):
             said = account(job, rank)
@@ -197,7 +197,7 @@ def stopped(job, watch):
 
 def end(job, process):
     (job.folder / "stop").touch()
-    return job.end(process, timeout_s=100)[1]
+    return job.end(process, timeout_s=240)[1]
 
 
 def stop_under_paced_ranks(job, num_calls):
@@ -218,7 +218,7 @@ def test_the_aggregator_and_a_sink_stand_still_and_nothing_is_lost(job):
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_the_aggregator_and_a_sink_stand_still_for_a_minute_and_nothing_is_lost(job):
     stop_under_paced_ranks(job, 60 * 200)
 
@@ -249,7 +249,7 @@ def test_a_full_spool_drops_what_comes_and_says_so(job):
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_spool_that_is_full_for_long_drops_what_comes_and_says_so(job):
     fill_the_spool(job, 200 * CALLS)
 
@@ -293,8 +293,8 @@ def go_far_ahead(job, steps):
     (job.folder / "hold").touch()
     process = start(job, 2, "ahead", str(steps), DDPLOG_GRACE_S="3600")
     with Watch(job) as watch:
-        wait_until(lambda: account(job, 0)["calls"] == steps and account(job, 1)["calls"] == 1, 100)
-        wait_until(lambda: len(job.peek("m0")) >= steps - OPTIONS.max_open, 100)  # the oldest closed incomplete
+        wait_until(lambda: account(job, 0)["calls"] == steps and account(job, 1)["calls"] == 1, 200)
+        wait_until(lambda: len(job.peek("m0")) >= steps - OPTIONS.max_open, 200)  # the oldest closed incomplete
         (job.folder / "hold").unlink()
         summary = end(job, process)
         check_books(job, 2)
@@ -312,6 +312,6 @@ def test_a_rank_far_ahead_of_another_fills_no_memory_and_its_points_become_compl
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(400)
-def test_a_rank_a_million_steps_ahead_fills_no_memory_and_its_points_become_complete(job):
-    go_far_ahead(job, 1_000_000)
+@pytest.mark.timeout(900)
+def test_a_rank_300_000_steps_ahead_fills_no_memory_and_its_points_become_complete(job):
+    go_far_ahead(job, 300_000)

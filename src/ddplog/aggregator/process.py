@@ -282,10 +282,12 @@ class Aggregator:
         status, effects.status = effects.status, None
         parts = self.pipeline.take_stale(now, at_once=self.pipeline.is_closed)
         for number, stale in enumerate(parts, 1):
-            if sum(emission.num_points for _, emission in effects.emissions) >= self.pipeline.options.max_points:
+            num_points = sum(emission.num_points for _, emission in effects.emissions)
+            if (number == 1 < len(parts) and effects) or num_points >= self.pipeline.options.max_points:
                 effects.unsettled = [*self.pipeline.unsettled, *parts[number - 1 :]]
                 self._store(effects)
                 effects = Effects()
+                self._answer()  # whoever waits for what is durable now need not wait for the rest: seconds a part
             entries = chain(
                 ((writer_id, first_seq, payload) for _, writer_id, first_seq, payload in self.store.entries()),
                 ((entry.writer_id, entry.first_seq, entry.payload) for entry in effects.log),

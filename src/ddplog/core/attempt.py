@@ -270,7 +270,12 @@ class Attempt:
         return min((entry for entry in oldest if entry is not None), default=None)
 
     def take_stale(self, now_ns: int, *, at_once: bool) -> list[Stale]:
-        """Return the points whose values changed after their windows were gone, once nothing more is awaited."""
+        """Return the points whose values changed after their windows were gone, once nothing more is awaited.
+
+        Args:
+            now_ns: Monotonic time.
+            at_once: All of them, since the run is over; else a part of each panel's, and the rest next time.
+        """
         result = []
         for panel in self.panels:
             if panel.stale_since_ns is None:
@@ -280,10 +285,12 @@ class Attempt:
             is_due = now_ns - panel.stale_since_ns >= self._options.late_ns
             if at_once or is_due or len(panel.stale_steps) >= min(most, _MAX_STALE):
                 steps = sorted(panel.stale_steps)
+                steps = steps if at_once else steps[:most]  # each part reads the whole rank log: agents wait meanwhile
                 parts = (frozenset(steps[i : i + most]) for i in range(0, len(steps), most))
                 result += [Stale(self.number, panel.key_ids, part) for part in parts]
-                panel.stale_steps.clear()
-                panel.stale_since_ns = None
+                panel.stale_steps.difference_update(steps)
+                if not panel.stale_steps:
+                    panel.stale_since_ns = None
         return result
 
     def derive(
