@@ -110,7 +110,7 @@ def kill_aggregators(job, kills, steps):
 
 @pytest.mark.timeout(600)
 def test_200_kills_of_the_aggregator_under_4_ranks_lose_and_double_nothing(job, suite_table):
-    """It answers only for what it has committed, and its next life goes on from there."""
+    """Reliability cases 11 and 25: it answers only for what it has committed, and its next life goes on from there."""
     counts = kill_aggregators(job, KILLS, STEPS)
     suite_table("kill -9 of the aggregator", **counts, lost=0, doubled=0, wrong=0)
 

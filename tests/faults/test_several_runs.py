@@ -11,7 +11,9 @@ import pytest
 from system.jobs import DDPLOG, wait_until
 
 from ddplog.agent.process import _pidfd
+from ddplog.journal.segment import holder
 from ddplog.journal.spool import start_ticks
+from ddplog.store.reader import open_run
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
@@ -167,6 +169,43 @@ def test_of_two_jobs_with_one_run_id_at_once_the_first_counts_and_the_other_is_t
     _check_twins(job, num_twins=1, num_ranks=2)
     wait_until(lambda: job.agent_pid() is None and job.aggregator_pid() is None)
     suite_table("several runs at once", duplicate_ranks=2, lost=0, doubled=0, wrong=0)
+
+
+ONE_RANK = """
+import os, subprocess, sys
+name, rank = sys.argv[1:]
+identity = {"DDPLOG_JOB": name, "RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": rank}
+sys.exit(subprocess.call([sys.executable, "train.py", "x"], env={**os.environ, **identity}))
+"""
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")], ids=["rank 0's first", "rank 0's last"])
+def test_sync_completes_a_run_of_two_launchers_of_which_everything_was_killed(job, names, suite_table):
+    """One aggregator for both, whose ranks' journals lie in two folders: one of them has no rank 0 that would start it."""
+    job.script(TWINS)
+    script = job.script(ONE_RANK, "launch.py")
+    launchers = [job.start(sys.executable, script, name, str(rank)) for rank, name in enumerate(names)]
+    wait_until(lambda: all((job.folder / f"ready.x.{rank}").exists() for rank in range(2)))
+    with open_run(job.run_dir) as run:
+        ranks = [writer.pid for writer in run.writers()]
+    agents = []
+    for folder in job.folders():  # those of both launchers
+        descriptor = os.open(folder / "agent.lock", os.O_RDWR)
+        agents.append(holder(descriptor))
+        os.close(descriptor)
+    assert len({*ranks, *agents}) == 4
+    for pid in (*agents, job.aggregator_pid(), *ranks):
+        os.kill(pid, signal.SIGKILL)
+    for launcher in launchers:
+        launcher.wait()
+    job.run(*DDPLOG, "sync", "r1")
+    with job.open() as run:
+        assert run.metric("loss").value.tolist() == [100.0 + step for step in range(20)]
+        assert set(run.metric("loss").n.tolist()) == {2}
+        assert [writer.state for writer in run.writers()] == ["died", "died"]
+        assert run.status == "failed"
+    assert all((folder / "done").exists() for folder in job.folders())
+    suite_table("several runs at once", kills=5, lost=0, doubled=0, stuck=0)
 
 
 ONE_OF_TWO = """
