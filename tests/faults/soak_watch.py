@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 
 import numpy as np
 import psutil
@@ -71,15 +72,15 @@ class Trend:
     """Mean of the lives' first samples after warm-up."""
     last_mb: float
     most_mb: float
-    fds: tuple[int, int]
-    """Largest number in the first and in the second half of any life."""
-    threads: tuple[int, int]
+    fds: tuple[float, float]
+    """Median in the first and in the second half, of the life where it rose most."""
+    threads: tuple[float, float]
 
     def __str__(self) -> str:
         return (
             f"{self.lives:4} lives {self.samples:6} samples {self.records:11,} records  {self.mb_per_million:+8.3f} "
             f"({self.between[0]:+.1f} to {self.between[1]:+.1f}) MB per million  rss {self.first_mb:.1f} -> {self.last_mb:.1f}, at most {self.most_mb:.1f} MB  "
-            f"fds {self.fds[0]} -> {self.fds[1]}  threads {self.threads[0]} -> {self.threads[1]}"
+            f"fds {self.fds[0]:.0f} -> {self.fds[1]:.0f}  threads {self.threads[0]:.0f} -> {self.threads[1]:.0f}"
         )
 
 
@@ -136,14 +137,13 @@ class Watch:
             elif time.time() - key[1] > _SETTLED_S:
                 self._strangers.add(key)
 
-    def trends(self, warm_up_s: float, warm_up_records: int) -> dict[str, Trend]:
-        """Return each role's, from the samples that are so old, and so many of the job's records into their life."""
+    def trends(self, warm_up_s: float, warm_up_records: Mapping[str, int]) -> dict[str, Trend]:
+        """Return each role's, from the samples that are so old, and so many records into their life, by role."""
         found = defaultdict(list)
         for life in self._lives.values():
             if not life.samples:
                 continue
-            its_own = warm_up_records // self._ranks if life.role == "rank" else warm_up_records
-            least = life.samples[0].num_records + its_own
+            least = life.samples[0].num_records + warm_up_records[life.role]
             warm = [sample for sample in life.samples if sample.age_s >= warm_up_s and sample.num_records >= least]
             if len(warm) >= 4:
                 found[life.role].append(warm)
@@ -199,5 +199,7 @@ def _slopes(lives: list[list[Sample]]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _halves(lives: list[list[int]]) -> tuple[int, int]:
-    return max(max(life[: len(life) // 2]) for life in lives), max(max(life[len(life) // 2 :]) for life in lives)
+def _halves(lives: list[list[int]]) -> tuple[float, float]:
+    """Return the medians of the halves, where they differ most: a process that starts another has more for a moment."""
+    halves = [(median(life[: len(life) // 2]), median(life[len(life) // 2 :])) for life in lives]
+    return max(halves, key=lambda half: half[1] - half[0])
