@@ -2,7 +2,8 @@
 
 An orphan is a job's folder with journals, none of whose ranks lives, that has no agent and is not done. One of the same
 run is shipped by the new job's own agent, since a run has one aggregator. One of another run gets an agent of its own
-again, which does what it would have done, and ends the run.
+again, which does what it would have done, and ends the run; so does one of the same run whose launcher was another node of
+it, since a writer belongs to its node: that agent finds the run's aggregator as it did before.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ def take_up(spool: Path, own: Path, job: JobInfo) -> list[Path]:
     adopted, others = [], []
     for folder in _orphans(spool, own):
         with suppress(OSError, ValueError, KeyError, TypeError):  # not a job of this version, or gone by now
-            run_dir = read_job(folder).run_dir
-            if run_dir.resolve() == job.run_dir.resolve():
+            orphan = read_job(folder)
+            is_ours = orphan.run_dir.resolve() == job.run_dir.resolve()
+            if is_ours and orphan.node_rank == job.node_rank:
                 if _try_lock(folder):
                     adopted.append(folder)
-            elif run_dir.exists():  # else somebody has deleted it
+            elif orphan.run_dir.exists():  # else somebody has deleted it
                 others.append(folder)
     for folder in others[:MOST_AT_ONCE]:
         with suppress(OSError):
