@@ -336,3 +336,30 @@ def test_flush_says_when_nothing_helps(writer, disk):
     disk.take()
     assert reader.sync()  # the agent knows of it, and mends it
     assert "000001.copy" in disk.take()
+
+
+def test_no_descriptor_is_left(writer, disk):
+    """A process may join one run after another."""
+    open_before = len(os.listdir("/proc/self/fd"))
+    again = make_writer(writer.folder.parent / "1.x")
+    say(again)
+    again.flush()
+    reader = JournalReader(again.folder)
+    reader.sync()
+    read_all(reader)
+    reader.close()
+    again.close(finished=True)
+    del again  # its two mappings
+
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_a_file_system_whose_folders_cannot_be_synced_is_no_trouble(writer, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(errno.EINVAL, "a folder")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    reader = JournalReader(writer.folder)
+
+    assert reader.sync()
+    assert not list(writer.folder.glob(".sync"))

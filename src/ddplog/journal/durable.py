@@ -14,6 +14,7 @@ Source: Rebello et al., "Can Applications Recover from fsync Failures?", USENIX 
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -197,7 +198,9 @@ def _sync_folder(folder: Path) -> None:
     try:
         try:
             os.fsync(descriptor)
-        except OSError:
+        except OSError as exc:
+            if exc.errno == errno.EINVAL:  # a file system whose folders cannot be synced
+                return
             os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
             raise
     finally:

@@ -451,6 +451,7 @@ class JournalWriter:
         if finished:
             how = layout.FINISHED_AT_EXIT if is_at_exit else layout.FINISHED
             layout.put(self._head, layout.FINISHED_OFFSET, layout.U64.pack(how))
+        self._durability.close()
         os.close(self._alive)
 
     def abandon(self) -> None:
