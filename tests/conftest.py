@@ -1,9 +1,13 @@
 """Prints, after the tests, the table of what was thrown at ddplog and what came of it."""
 
+import signal
 from collections.abc import Callable
 from typing import Final
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by a shell in the background; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BAD: Final = ("lost", "doubled", "wrong", "stuck")
 

@@ -8,6 +8,8 @@ import errno
 import os
 import sqlite3
 from collections import Counter
+from contextlib import closing
+from typing import ClassVar
 
 import pytest
 from emission_store import StoreMaker
@@ -124,7 +126,8 @@ def log_for_a_while(folder, faults):
     dropped = run.drops
     assert logged == len(numbers) * len(KEYS) + len(texts) + sum(dropped.values())
     assert set(dropped) <= ({"io_error"} if faults.code == errno.EIO else {"disk_full", "io_error"})
-    assert dropped == JournalReader(folder / "0.x").drops
+    with closing(JournalReader(folder / "0.x")) as reader:
+        assert dropped == reader.drops
     if faults.first is None:
         assert not dropped
 
@@ -333,6 +336,11 @@ class PickySink(JsonlSink):
     """Refuses two emissions for good."""
 
     limits = Limits(max_items=4)
+    opened: ClassVar = []
+
+    def open(self, *args):
+        self.opened.append(self)
+        super().open(*args)
 
     def write(self, batch):
         if {emission.id for emission in batch} & {5, 6}:
@@ -354,6 +362,9 @@ def deliver(folder, faults):
                     break
             except (OSError, sqlite3.Error):
                 assert faults.failed
+            finally:  # as the end of the process does
+                while PickySink.opened:
+                    PickySink.opened.pop().close(None)
         else:
             raise AssertionError("it never ends")
     place = store.run_dir / "sinks" / "jsonl"

@@ -79,7 +79,9 @@ def kill_one(folder, writer, delay_s):
             os._exit(1)
     os.close(end)
     try:
-        assert select.select([ready], [], [], 30)[0]
+        poll = select.poll()
+        poll.register(ready, select.POLLIN)
+        assert poll.poll(30_000)
         assert os.read(ready, 1) == b"x", "the writer failed"
         time.sleep(delay_s)  # the random moment of the kill
         os.kill(pid, signal.SIGKILL)

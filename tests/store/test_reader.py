@@ -283,7 +283,9 @@ def test_nothing_can_be_written_through_a_reader(run):
 # What is not a run.
 
 
-def test_a_missing_run_names_what_was_looked_for_and_what_is_near(tmp_path):
+def test_a_missing_run_names_what_was_looked_for_and_what_is_near(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # whose own runs would be near
     RunMaker(tmp_path / "runs" / "20260731-a").finish()
     with pytest.raises(RunNotFoundError) as caught:
         open_run(tmp_path / "runs" / "20260731-b")

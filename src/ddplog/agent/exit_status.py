@@ -22,6 +22,13 @@ _REAPED_WITHIN_NS: Final = 10_000_000_000
 """How long after its process's end a status is waited for: a parent may never look."""
 
 
+def has_ended(pidfd: int) -> bool:
+    """Tell whether a pidfd's process has ended. By poll(): select() takes no descriptor above 1023."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class Process:
     """A rank's process, watched from while it lives.
 
@@ -44,7 +51,7 @@ class Process:
 
     def look(self) -> int | None:
         """Return the wait(2) status if it is known by now."""
-        if self._descriptor >= 0 and select.select([self._descriptor], [], [], 0)[0]:
+        if self._descriptor >= 0 and has_ended(self._descriptor):
             info = bytearray(_INFO.size)
             _INFO.pack_into(info, 0, _EXIT, *[0] * 13)
             try:

@@ -11,7 +11,6 @@ import fcntl
 import json
 import logging
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from ddplog import killpoints
+from ddplog.agent.exit_status import has_ended
 from ddplog.agent.orphans import take_up
 from ddplog.agent.shipper import Shipper
 from ddplog.bootstrap import command
@@ -205,7 +205,7 @@ class Agent:
         """Whether every rank and what launched them are gone, and how the ranks ended is known if it ever will be."""
         if any(tracked.is_alive for tracked in self.shipper.tracked.values()) or self.shipper.may_learn(now):
             return False
-        return self.launcher is None or not _lives(self.launcher)
+        return self.launcher is None or has_ended(self.launcher)
 
     def _may_leave(self, now: int) -> bool:
         if self.over_since_ns is None:
@@ -235,11 +235,6 @@ def _pidfd(pid: int, ticks: int) -> int | None:
         return descriptor
     os.close(descriptor)
     return None
-
-
-def _lives(descriptor: int) -> bool:
-    readable, _, _ = select.select([descriptor], [], [], 0)
-    return not readable
 
 
 def main() -> None:
