@@ -67,6 +67,7 @@ class Harness:
 
 
 def test_a_step_is_emitted_when_every_rank_has_passed_it():
+    """Reliability case 7: the declared ranks are expected, not those seen; else step 0 of 2 of 3 would look complete."""
     h = Harness()
     h.log(0, 0, 1.0).log(1, 0, 2.0)
     assert h.close() == []
@@ -115,6 +116,7 @@ def test_a_rank_leaves_after_passing_three_steps_without_the_key():
 
 
 def test_a_rank_joins_with_its_first_value():
+    """Reliability case 7: one that comes late counts from then on."""
     h = Harness(world=2)
     for step in range(6):
         h.log(0, step, 1.0)
@@ -127,6 +129,7 @@ def test_a_rank_joins_with_its_first_value():
 
 
 def test_a_script_that_logs_on_rank_0_only_reads_1_of_1():
+    """Reliability case 7: one that never comes is waited for until its grace is over."""
     h = Harness(world=4).log(0, 0, 1.0)
     assert h.pass_time(9_000).close() == []
     assert h.pass_time(2_000).log(0, 1, 2.0).close() == [0]
@@ -174,6 +177,7 @@ def test_a_value_below_the_own_progress_waits_for_the_others_or_its_deadline():
 
 
 def test_a_late_value_for_a_closed_step_is_emitted_again_with_everything():
+    """Reliability case 7: an arrival within the lateness is an update, with a higher revision."""
     h = Harness(world=2).log(0, 0, 1.0).log(1, 0, 3.0).log(0, 5, 0.0).log(1, 5, 0.0)
     h.close()
     h.log(1, 0, 5.0)
