@@ -125,6 +125,8 @@ def test_what_a_launcher_leaves_out_is_the_single_process_default():
         (LSF | {"JSM_NAMESPACE_RANK": "6"}, "JSM_NAMESPACE_RANK", "6"),
         (SLURM | {"SLURM_PROCID": "8"}, "SLURM_PROCID", "8"),
         (SLURM | {"SLURM_TASKS_PER_NODE": "(x2)"}, "SLURM_TASKS_PER_NODE", "(x2)"),
+        # Recorded in a child of Lightning's own launcher, which gives it no RANK.
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "RANK", ""),
     ],
 )
 def test_a_contradiction_names_the_variable(environ, setting, value):

@@ -275,6 +275,16 @@ def test_strict_raises_after_it_has_counted(make_run, call, reason):
     assert scalars(run)[-1].step == 9  # the journal was given back
 
 
+def test_what_a_framework_cannot_hand_on_is_counted_and_named_once_each(run):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for method in ("add_image()", "add_image()", "add_mesh()"):
+            run.skip(method, "left out")
+
+    assert [str(warning.message).split(": ")[1] for warning in caught] == ["add_image()", "add_mesh()"]
+    assert run.drops == {"unsupported": 3}
+
+
 def test_names_beyond_the_limit_are_dropped_and_known_ones_are_not(make_run):
     """A name with an id in it must not fill every tracker; those that were there first go on."""
     run = make_run(max_keys=3)

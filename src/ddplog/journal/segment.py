@@ -75,6 +75,7 @@ DROP_REASONS: Final = (
     "forked_child",
     "reentrant_overflow",
     "io_error",
+    "unsupported",
 )
 """Why a value or record was not taken. Their order is part of the format: only append."""
 

@@ -29,6 +29,9 @@ class NullRun(Run):
     def set_step(self, step: int) -> None:
         """Do nothing."""
 
+    def skip(self, what: str, why: str) -> None:
+        """Do nothing."""
+
     def flush(self) -> None:
         """Do nothing."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from ddplog.errors import ConfigError
+from ddplog.worker.current import is_worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +49,17 @@ _TABLE: Final = (
 )  # fmt: skip
 
 
+WHERE_TO_START: Final = (
+    "without a launcher a rank is known when the framework has started all: leave the start of the run to ddplog's logger "
+    "or callback, or start the script with torchrun or `ddplog run`"
+)
+
+
 def detect(environ: Mapping[str, str]) -> Identity:
     """Return who this process is.
 
     Raises:
-        ConfigError: If a launcher's variables contradict each other or are not numbers.
+        ConfigError: If a launcher's variables contradict each other, are not numbers, or give a rank's number on its node only.
     """
     for launcher, mark, rank, world, local, local_world, node in _TABLE:
         if mark not in environ or rank not in environ or world not in environ:
@@ -67,7 +75,38 @@ def detect(environ: Mapping[str, str]) -> Identity:
         if not 0 <= identity.rank < identity.world_size:
             raise ConfigError(rank, environ[rank], f"must be between 0 and {world}={identity.world_size} minus 1")
         return identity
+    found = _from_process_group(environ)
+    if found is not None:
+        return found
+    if _number(environ, "LOCAL_RANK", 0) > 0 and "WORLD_SIZE" in environ:
+        what = (
+            f"is not set, but LOCAL_RANK={environ['LOCAL_RANK']}: has Lightning started this process? {WHERE_TO_START}"
+        )
+        raise ConfigError("RANK", "", what)
     return Identity(rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, launcher="python")
+
+
+def _from_process_group(environ: Mapping[str, str]) -> Identity | None:
+    """Return what torch.distributed knows, if it has begun: ranks that a script starts itself need no variables.
+
+    Lightning's own launcher makes the first process of a node a rank and the parent of the others; it is then no
+    process that was launched, and the others find it as their job's.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    local_rank = _number(environ, "LOCAL_RANK", -1)
+    if world_size == 1:
+        return None
+    return Identity(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank if local_rank < 0 else local_rank,
+        local_world_size=_number(environ, "LOCAL_WORLD_SIZE", 1),
+        node_rank=_number(environ, "NODE_RANK", 0),
+        launcher="python" if local_rank == 0 and not is_worker() else "torch.distributed",
+    )
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -342,6 +342,12 @@ class Run:
             {"type": "alert", "title": str(title), "text": str(text), "level": level}, self._journal.ambient_step
         )
 
+    def skip(self, what: str, why: str) -> None:
+        """Count a value that a framework's hook was given and cannot hand on, and warn once per `what`."""
+        if self._journal.is_open:
+            self._journal.drop("unsupported")
+        self._warn(f"unsupported {what}", f"{what}: {why}")
+
     def flush(self) -> None:
         """Make everything logged so far durable on this node's disk. Blocks for one fdatasync, usually.
 
