@@ -20,7 +20,7 @@ SRC = Path(__file__).resolve().parent.parent / "src"
 PACKAGE = "ddplog"
 
 BASE, CORE, GENERATED, EDGE, PROCESS, ENTRY = range(6)
-INTEGRATIONS = ("ddp", "horovod", "lightning", "huggingface", "accelerate", "comet")
+INTEGRATIONS = ("ddp", "horovod", "lightning", "huggingface", "accelerate", "comet", "tensorboard")
 LAYERS = {
     **dict.fromkeys(("errors", "config", "bootstrap", "killpoints"), BASE),
     "core": CORE,
