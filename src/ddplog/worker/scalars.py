@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from ddplog.worker.metrics import is_metric, local_result
+
 MAX_KEY_BYTES: Final = 250
 _MAX_DEPTH: Final = 16
 
@@ -43,8 +45,19 @@ def flatten(
         key = prefix + name
         if isinstance(value, Mapping) and depth < _MAX_DEPTH:
             yield from flatten(value, key + "/", depth + 1)
+        elif is_metric(value):
+            yield from _of_metric(name, value, prefix, depth)
         else:
             yield key, value, _check_key(key)
+
+
+def _of_metric(name: str, metric: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any, BadValueError | None]]:
+    try:
+        found = local_result(metric)
+    except Exception as exc:  # noqa: BLE001 - compute() of a user's metric may raise anything
+        yield prefix + name, metric, BadValueError("bad_value", f"{prefix}{name}: {type(metric).__name__}: {exc}")
+    else:
+        yield from flatten({name: found}, prefix, depth)
 
 
 def _check_key(key: str) -> BadValueError | None:
