@@ -67,6 +67,32 @@ def test_what_a_run_can_hold_is_logged_and_the_rest_is_counted(job):
     assert err.count("a run cannot hold this yet") == 9
 
 
+HELPER = """
+import multiprocessing
+from ddplog.tensorboard import SummaryWriter
+
+def log(kind):
+    SummaryWriter().add_scalar(kind, 1.0, 0)
+
+if __name__ == "__main__":
+    log("rank")
+    for kind in ("fork", "spawn"):
+        helper = multiprocessing.get_context(kind).Process(target=log, args=(kind,))
+        helper.start()
+        helper.join()
+        assert helper.exitcode == 0
+"""
+
+
+def test_a_writer_in_a_worker_process_takes_nothing(job):
+    """It has its rank's variables, and would take the rank's place."""
+    _, err = job.run(*job.ranks(1, job.script(HELPER)))
+    with job.open() as run:
+        assert [metric.key for metric in run.metrics()] == ["rank"]
+        assert len(run.writers()) == 1
+    assert err.count("log() in a worker process is ignored") == 2
+
+
 SHAPE = """
 import inspect
 from torch.utils.tensorboard import SummaryWriter as Theirs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from ddplog.errors import ConfigError
 from ddplog.worker.current import is_worker
@@ -86,19 +86,25 @@ def detect(environ: Mapping[str, str]) -> Identity:
     return Identity(rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, launcher="python")
 
 
+def process_group() -> Any:
+    """Return torch.distributed, if this process has begun it; else None."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed
+
+
 def _from_process_group(environ: Mapping[str, str]) -> Identity | None:
     """Return what torch.distributed knows, if it has begun: ranks that a script starts itself need no variables.
 
     Lightning's own launcher makes the first process of a node a rank and the parent of the others; it is then no
     process that was launched, and the others find it as their job's.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+    distributed = process_group()
+    if distributed is None or distributed.get_world_size() == 1:
         return None
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     local_rank = _number(environ, "LOCAL_RANK", -1)
-    if world_size == 1:
-        return None
     return Identity(
         rank=rank,
         world_size=world_size,

@@ -7,6 +7,7 @@ at their first use, never in their constructor, and every rank asks at the same 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,12 +21,14 @@ from ddplog.worker.run import Run
 def join(settings: Mapping[str, Any]) -> Run:
     """Return the current run if there is one that takes values, else init(**settings).
 
+    In a process that serves a rank (a DataLoader worker has its rank's variables, too) there is nothing to start.
+
     Raises:
         ConfigError: If a setting cannot work, or the current run was started when nobody knew that there are other ranks.
     """
     run = current.run
     if run is None or not is_open(run):
-        return init(**settings)
+        return AbsentRun() if _is_helper() else init(**settings)
     who = identity.detect(os.environ)
     if not isinstance(run, NullRun) and (who.rank, who.world_size) != (run.rank, run.world_size):
         what = (
@@ -40,3 +43,11 @@ def is_open(run: Run) -> bool:
     if isinstance(run, NullRun):
         return not isinstance(run, AbsentRun)  # mode=off is a wish
     return run._journal.is_open  # noqa: SLF001 - the same package
+
+
+def _is_helper() -> bool:
+    """Whether multiprocessing started this process, and not as a rank."""
+    data = sys.modules.get("torch.utils.data")
+    if data is not None and data.get_worker_info() is not None:
+        return True
+    return current.is_worker() and identity.process_group() is None
