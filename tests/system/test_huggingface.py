@@ -52,6 +52,7 @@ def found(job, name):
     return wait_until(lambda: next((run.path for run in list_runs(job.runs) if run.name == name), None))
 
 
+@pytest.mark.services
 def test_what_a_trainer_logs_on_every_rank_is_one_point_a_step(job):
     """What Trainer gathered, and what a rank logs itself at the step that Trainer is at, meet at the same steps."""
     job.run(*job.torchrun(2, job.script(TRAIN)), timeout_s=200, HF_HUB_OFFLINE="1", DDPLOG_RUN_ID=None)
