@@ -11,6 +11,9 @@ _CODE: Final = "import sys; sys.path[0] = sys.argv.pop(1); from {module} import 
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """Return the command line that runs `module`.main() with these arguments in sys.argv[1:]."""
+    """Return the command line that runs `module`.main() with these arguments in sys.argv[1:].
+
+    The word behind -X tells launch/site/sitecustomize.py to leave this process alone.
+    """
     package = str(Path(__file__).resolve().parent.parent)
-    return [sys.executable, "-c", _CODE.format(module=module), package, *arguments]
+    return [sys.executable, "-X", "ddplog_helper", "-c", _CODE.format(module=module), package, *arguments]

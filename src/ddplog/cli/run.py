@@ -21,6 +21,7 @@ from ddplog.config import Settings, resolve
 from ddplog.errors import ConfigError
 from ddplog.journal.spool import JOB_VARIABLE, open_spool
 from ddplog.launch import torchrun
+from ddplog.launch.capture import CAPTURES, add_captures
 from ddplog.launch.command import die_of, run_command
 from ddplog.launch.finale import Finale
 
@@ -85,6 +86,12 @@ def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dir", help="Folder of runs (default: runs).")
     group.add_argument("--sink", action="append", help="A tracker to forward to, name or name://target; repeatable.")
     group.add_argument("--tag", action="append", help="A word the trackers show; repeatable.")
+    group.add_argument(
+        "--capture",
+        action="append",
+        choices=sorted(CAPTURES),
+        help="Let a script that is written for this tracker log to ddplog instead, unchanged; repeatable.",
+    )
     group.add_argument("--quiet", action="store_true", help="Print problems only.")
     group.add_argument("--no-summary", action="store_true", help="No summary and no report at the end.")
     return parser
@@ -120,7 +127,7 @@ def _make_environ(ours: argparse.Namespace, environ: Mapping[str, str]) -> dict[
             result[variable] = ",".join(value) if isinstance(value, list) else value
     if ours.dir is not None:
         result["DDPLOG_DIR"] = str(Path(ours.dir).absolute())  # A rank may change its working directory.
-    return result
+    return add_captures(result, ours.capture or ())
 
 
 def check_settings(environ: Mapping[str, str]) -> Settings:
