@@ -89,6 +89,40 @@ def test_our_options_become_variables_and_others_stay(tmp_path, monkeypatch):
     assert int(job, 16) >= 0
 
 
+def test_a_captured_tracker_is_in_the_environment():
+    ours, _ = run._split_command(["--capture", "comet", "--", "sh"])
+    environ = run._make_environ(ours, {"PYTHONPATH": "/x"})
+
+    assert environ["DDPLOG_CAPTURE"] == "comet_ml=ddplog.comet"
+    assert environ["PYTHONPATH"].endswith(":/x")
+
+
+@pytest.mark.parametrize("words", [["--", "sh"], ["train.py"]])
+def test_a_tracker_that_cannot_be_captured_is_refused(words):
+    done = cli("--capture", "comte", *words)
+
+    assert done.returncode == 2
+    assert "argument --capture: invalid choice: 'comte' (choose from" in done.stderr
+    assert "comet" in done.stderr.rpartition("choose from")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "incomplete", "offered"),
+    [
+        ([], "--ca", ["--capture"]),
+        (["--capture"], "", ["comet"]),
+        (["--capture"], "w", []),
+        (["--capture", "comet"], "--q", ["--quiet"]),
+        ([], "train", []),
+    ],
+)
+def test_the_shell_completes_our_options(words, incomplete, offered):
+    """click knows none of them: argparse parses this command's line."""
+    context = run.command.make_context("run", list(words))
+
+    assert [item.value for item in run.command.shell_complete(context, incomplete)] == offered
+
+
 def test_every_job_has_its_own_key():
     ours, _ = run._split_command(["--", "sh"])
     assert run._make_environ(ours, {})["DDPLOG_JOB"] != run._make_environ(ours, {})["DDPLOG_JOB"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from ddplog.config import Settings, resolve
 from ddplog.errors import ConfigError
@@ -47,6 +48,15 @@ class _RawCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.args = list(args)
         return ctx.args
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete our own options, which click does not know, and the values of --capture."""
+        if ctx.args[-1:] == ["--capture"]:
+            words = sorted(CAPTURES)
+        else:
+            parser = _add_options(argparse.ArgumentParser(add_help=False))
+            words = sorted(parser._option_string_actions)  # noqa: SLF001 - argparse has no public list
+        return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
 
 @click.command(cls=_RawCommand, help="Start a training job with every rank's metrics collected.")

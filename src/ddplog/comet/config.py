@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ddplog.config import resolve
+
 HIDDEN: Final = "********"
 NO_KEY: Final = "no-key-is-needed-with-ddplog"
 """What a script that looks for a key gets where there is none."""
@@ -87,6 +89,34 @@ def get_experiment_key(user_input: str | bytes | Mapping[str, Any] | None) -> st
     elif isinstance(user_input, Mapping):
         user_input = json.dumps(user_input, sort_keys=True, default=str)
     return hashlib.sha1(str(user_input).encode(), usedforsecurity=False).hexdigest()
+
+
+def find_key(given: Mapping[str, Any]) -> str | None:
+    """Return the experiment key that a script asks for, if it does."""
+    key = given.get("experiment_key") or given.get("previous_experiment") or get_setting("comet.experiment_key")
+    return None if key is None else str(key)
+
+
+def make_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ddplog.init() is to be called with.
+
+    As with init(), what the script says about the project and the name wins over ddplog's settings, and Comet's variables
+    only count where those say nothing. An experiment key names the run, so that it is found again by it; not where
+    ddplog's settings name it, and not where it is the key of the job's own run, which another rank has passed on.
+
+    Args:
+        given: The arguments of an experiment's constructor.
+    """
+    origins = resolve().origins
+    settings: dict[str, Any] = {"name": given.get("name")}
+    project, key = given.get("project_name"), find_key(given)
+    if project is None and origins["project"] == "default":
+        project = get_setting("comet.project_name")
+    if project is not None:
+        settings["project"] = as_project(str(project))
+    if key is not None and not is_key_of_run(key) and origins["run_id"] == "default":
+        settings["run_id"] = key
+    return settings
 
 
 def key_of_run(run_id: str) -> str:

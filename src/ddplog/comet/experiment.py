@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from ddplog import config as settings_of
 from ddplog.comet import config, untaken
 from ddplog.comet import current as current_experiment
 from ddplog.worker import current
@@ -69,21 +68,10 @@ class CometExperiment:
         if current_experiment.experiment is not None:
             current_experiment.experiment.end()
         self._owns_run = current.run is None or not is_open(current.run)
-        self.run: Run = NullRun() if self.disabled else join(self._settings(given))
-        self.id = _find_key(given) or config.key_of_run(self.run.run_id)
+        self.run: Run = NullRun() if self.disabled else join(config.make_settings(given))
+        self.id = config.find_key(given) or config.key_of_run(self.run.run_id)
         self.add_tags(given.get("tags") or [])
         current_experiment.experiment = self
-
-    def _settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what init() gets: what the script says, and Comet's variables where ddplog's own say nothing."""
-        resolved = settings_of.resolve()
-        settings: dict[str, Any] = {"name": self.name}
-        project, key = self.project_name, _find_key(given)
-        if project is not None and (given.get("project_name") or resolved.origins["project"] == "default"):
-            settings["project"] = config.as_project(str(project))
-        if key is not None and not config.is_key_of_run(key) and resolved.origins["run_id"] == "default":
-            settings["run_id"] = key
-        return settings
 
     # -- what it is
 
@@ -308,7 +296,7 @@ class CometExperiment:
         self.run.alert(config.hide(str(title)), config.hide(", ".join(words)), "info")
 
     def _text(self, key: str, text: Any, step: int | None = None) -> None:
-        self.run.log_text(key, config.hide(str(text)), self.curr_step if step is None else step)
+        self.run.log_text(config.hide(key), config.hide(str(text)), self.curr_step if step is None else step)
 
     def _hold(self, values: Mapping[str, Any]) -> None:
         """Log parameters; a run has one value of each, so what this rank changes becomes a text beside the first."""
@@ -317,7 +305,7 @@ class CometExperiment:
             plain = _plain(value)
             held = plain if isinstance(plain, (bool, int, float, type(None))) else config.hide(str(plain))
             if name not in self._held:
-                new[name] = held
+                new[config.hide(name)] = held
             elif self._held[name] != held:
                 self._text(name, held)
             self._held[name] = held
@@ -415,11 +403,6 @@ class OfflineExperiment(CometExperiment):
 
 class ExistingOfflineExperiment(OfflineExperiment):
     """Comet's ExistingOfflineExperiment: as ExistingExperiment."""
-
-
-def _find_key(given: Mapping[str, Any]) -> str | None:
-    key = given.get("experiment_key") or given.get("previous_experiment") or config.get_setting("comet.experiment_key")
-    return None if key is None else str(key)
 
 
 def _single(value: Any) -> Any:

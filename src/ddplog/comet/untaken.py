@@ -30,10 +30,7 @@ def _nothing() -> None:
 
 
 class StandIn:
-    """What Comet's objects are here: made of anything, any method of theirs can be called, and nothing comes of it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002 - anything
-        skip(type(self).__name__, _FILES)
+    """What Comet's objects are here: any method of theirs can be called, and nothing comes of it."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("_"):
@@ -45,12 +42,17 @@ class StandIn:
 
 
 def stand_in(name: str) -> type[StandIn]:
-    """Return a class of that name."""
-    return type(name, (StandIn,), {"__module__": "ddplog.comet", "__doc__": f"Comet's {name}: {_FILES}."})
+    """Return a class of that name, which scripts make objects of, from any arguments."""
+
+    def count(self: StandIn, *args: Any, **kwargs: Any) -> None:  # noqa: ARG001 - anything
+        skip(name, _FILES)
+
+    words = {"__module__": "ddplog.comet", "__doc__": f"Comet's {name}: {_FILES}.", "__init__": count}
+    return type(name, (StandIn,), words)
 
 
 METHODS: Final[dict[str, tuple[Callable[[], Any], str]]] = {
-    "create_confusion_matrix": (stand_in("ConfusionMatrix"), _FILES),
+    "create_confusion_matrix": (StandIn, _FILES),
     "create_embedding_image": (_nothing, _FILES),
     "log_artifact": (_nothing, _FILES),
     "log_asset": (_asset, _FILES),
@@ -85,9 +87,9 @@ METHODS: Final[dict[str, tuple[Callable[[], Any], str]]] = {
     "display": (_nothing, _SERVER),
     "display_project": (_nothing, _SERVER),
     "get_artifact": (_nothing, _SERVER),
-    "get_callback": (stand_in("Callback"), _SERVER),
+    "get_callback": (StandIn, _SERVER),
     "get_hf_dataset": (list, _SERVER),
-    "get_keras_callback": (stand_in("Callback"), _SERVER),
+    "get_keras_callback": (StandIn, _SERVER),
     "register_callback": (_nothing, _SERVER),
     "register_model": (_nothing, _SERVER),
     "set_offline_zip_uploader": (_nothing, _SERVER),
