@@ -248,6 +248,51 @@ def test_texts_and_notifications(experiment, logged):
         experiment.log_text("c", metadata={"a": 1})
 
 
+class Broken:
+    """An object whose every use fails."""
+
+    def __str__(self):
+        raise RuntimeError("never")
+
+    __repr__ = __len__ = __eq__ = __hash__ = __getattr__ = __str__
+
+
+BROKEN = Broken()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda e: e.log_metric("x", BROKEN),
+        lambda e: e.log_metric("x", 1.0, step=BROKEN),
+        lambda e: e.log_metric("x", 1.0, epoch=BROKEN),
+        lambda e: e.log_metric("x", 1.0, epoch=np.array([1, 2])),
+        lambda e: e.log_metrics(BROKEN),
+        lambda e: e.log_metrics({"x": 1.0}, prefix=3),
+        lambda e: e.log_parameters(BROKEN, prefix=3),
+        lambda e: e.log_parameters({"x": BROKEN}),
+        lambda e: e.log_parameters(None),
+        lambda e: e.log_other("x", BROKEN),
+        lambda e: e.log_others(BROKEN),
+        lambda e: e.add_tag(BROKEN),
+        lambda e: e.add_tags(5),
+        lambda e: e.log_text(BROKEN),
+        lambda e: e.log_html(BROKEN, clear=True),
+        lambda e: e.send_notification("x", BROKEN, {"x": BROKEN}),
+        lambda e: e.send_notification("x", additional_data=3),
+        lambda e: e.log_image(BROKEN),
+        lambda e: e.set_step(BROKEN),
+        lambda e: e.set_epoch(BROKEN),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_nothing_raises_into_the_training_loop(experiment, call):
+    call(experiment)
+    experiment.log_metric("after", 1.0)
+
+    assert experiment.get_metric("after") == 1.0
+
+
 # -- what is not taken
 
 
@@ -357,6 +402,17 @@ def test_a_disabled_experiment_takes_everything_and_joins_nothing(tmp_path):
 
     assert (experiment.alive, experiment.url, current.run) == (False, None, None)
     assert experiment.get_metric("loss") == 1.0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_mode_off_it_takes_everything_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("DDPLOG_MODE", "off")
+    experiment = comet_ml.start(project_name="x")
+    experiment.log_metric("loss", 1.0, step=1)
+    experiment.log_image(None)
+    experiment.end()
+
+    assert experiment.url is None
     assert list(tmp_path.iterdir()) == []
 
 

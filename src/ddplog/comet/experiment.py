@@ -20,6 +20,7 @@ wait for a device.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,8 +83,8 @@ class CometExperiment:
 
     @property
     def url(self) -> str | None:
-        """The run's folder; None if it is disabled."""
-        return None if self.disabled else Path(self.run.dir).as_uri()
+        """The run's folder; None if there is none."""
+        return Path(self.run.dir).as_uri() if self.run.dir else None
 
     def get_key(self) -> str:
         """Return the experiment's key; another rank may pass it to ExistingExperiment."""
@@ -159,12 +160,16 @@ class CometExperiment:
         if step is not None:
             number = as_int(step)
             if number is None:
-                self.run.skip("step", f"step={step!r} must be a whole number: the step before it is taken")
+                self.run.skip("step", f"step={_words(step)} must be a whole number: the step before it is taken")
             else:
                 self.curr_step = number
-        if epoch is not None and epoch != self.curr_epoch:
-            self.curr_epoch = epoch
-            self.run.log({"epoch": epoch}, self.curr_step)
+        if epoch is not None:
+            epoch = _plain(epoch)
+            if not isinstance(epoch, (int, float)):
+                self.run.skip("epoch", f"epoch={_words(epoch)} must be a number: the epoch before it is taken")
+            elif epoch != self.curr_epoch:
+                self.curr_epoch = epoch
+                self.run.log({"epoch": epoch}, self.curr_step)
 
     def _fullname(self, name: str, include_context: bool = True) -> str:
         return f"{self.context}_{name}" if self.context is not None and include_context else name
@@ -207,9 +212,9 @@ class CometExperiment:
         """Log hyperparameters: a dict, or an object such as argparse's with one in each attribute."""
         self._advance(step, None)
         found = parameters if isinstance(parameters, Mapping) else _attributes(parameters)
-        start = "" if prefix is None else prefix if prefix.endswith(_DELIMITERS) else f"{prefix}_"
+        start = "" if prefix is None else prefix if str(prefix).endswith(_DELIMITERS) else f"{prefix}_"
         pairs = _joined(found) if nested_support else ((str(name), value) for name, value in found.items())
-        self._log_parameters({start + name: value for name, value in pairs})
+        self._log_parameters({f"{start}{name}": value for name, value in pairs})
 
     def _log_parameters(self, parameters: Mapping[str, Any]) -> None:
         named = {self._fullname(name): value for name, value in parameters.items()}
@@ -241,7 +246,7 @@ class CometExperiment:
 
     def log_dataset_hash(self, data: Any) -> None:
         """Log a hash of the data, as Comet makes it: of how it prints."""
-        digest = hashlib.md5(str(data).encode(), usedforsecurity=False).hexdigest()
+        digest = hashlib.md5(_words(data).encode(), usedforsecurity=False).hexdigest()
         self._log_parameters({"dataset_hash": digest[:12]})
 
     def add_tag(self, tag: str) -> bool:
@@ -254,8 +259,8 @@ class CometExperiment:
         Returns:
             Whether they are words.
         """
-        if isinstance(tags, str) or not all(isinstance(tag, str) and tag for tag in tags):
-            self.run.skip("add_tags()", f"tags must be words, not {tags!r}")
+        if not isinstance(tags, (list, tuple, set)) or not all(isinstance(tag, str) and tag for tag in tags):
+            self.run.skip("add_tags()", f"tags must be words, not {_words(tags)}")
             return False
         self.tags.update(tags)
         self._hold({f"tag/{tag}": True for tag in tags})
@@ -291,19 +296,20 @@ class CometExperiment:
         self, title: str, status: str | None = None, additional_data: Mapping[str, Any] | None = None
     ) -> None:
         """Put an event on the run."""
-        words = [str(status)] if status else []
-        words += [f"{key}={value}" for key, value in (additional_data or {}).items()]
-        self.run.alert(config.hide(str(title)), config.hide(", ".join(words)), "info")
+        words = [_words(status)] if status is not None else []
+        if isinstance(additional_data, Mapping):
+            words += [f"{key}={_words(value)}" for key, value in additional_data.items()]
+        self.run.alert(_words(title), ", ".join(words), "info")
 
     def _text(self, key: str, text: Any, step: int | None = None) -> None:
-        self.run.log_text(config.hide(key), config.hide(str(text)), self.curr_step if step is None else step)
+        self.run.log_text(config.hide(key), _words(text), self.curr_step if step is None else step)
 
     def _hold(self, values: Mapping[str, Any]) -> None:
         """Log parameters; a run has one value of each, so what this rank changes becomes a text beside the first."""
         new = {}
         for name, value in values.items():
             plain = _plain(value)
-            held = plain if isinstance(plain, (bool, int, float, type(None))) else config.hide(str(plain))
+            held = plain if isinstance(plain, (bool, int, float, type(None))) else _words(plain)
             if name not in self._held:
                 new[config.hide(name)] = held
             elif self._held[name] != held:
@@ -412,12 +418,21 @@ def _single(value: Any) -> Any:
 
 def _detached(value: Any) -> Any:
     """Return a tensor without its graph, which would otherwise live until the name is logged again."""
-    return value.detach() if hasattr(value, "detach") else value
+    torch = sys.modules.get("torch")
+    return value.detach() if torch is not None and isinstance(value, torch.Tensor) else value
+
+
+def _words(value: Any) -> str:
+    """Return how a value prints, without any API key."""
+    try:
+        return config.hide(str(value))
+    except Exception:  # noqa: BLE001 - the value is the user's
+        return f"<{type(value).__name__} that cannot be printed>"
 
 
 def _plain(value: Any) -> Any:
     """Return a number of any library as Python's."""
-    if isinstance(value, (bool, int, float, str, type(None))) or not callable(getattr(value, "item", None)):
+    if isinstance(value, (bool, int, float, str, type(None))):
         return value
     try:
         return value.item()
