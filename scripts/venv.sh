@@ -71,6 +71,12 @@ with open(sys.argv[1], "rb") as file:
 PYTHON
 }
 
+# pip_install REQUIREMENT...: one at a time in an environment: .ci/run builds Horovod while it lints.
 pip_install() {
-    "$python" -m pip install --quiet --disable-pip-version-check "$@" || fail "pip could not install: $*"
+    local lock=()
+    if command -v flock >/dev/null; then
+        lock=(flock "$(dirname "$(dirname "$python")")/.ddplog-lock")
+    fi
+    ${lock[@]+"${lock[@]}"} "$python" -m pip install --quiet --disable-pip-version-check "$@" ||
+        fail "pip could not install: $*"
 }
