@@ -211,6 +211,46 @@ def test_the_launcher_is_the_process_whose_end_is_the_jobs():
     assert wrapped[1] == plain[1] != wrapped[3]
 
 
+HOROVODRUN = """
+import os, subprocess, sys
+if sys.argv[1:2] == ["--multiprocessing-fork"]:
+    shell = "env HOROVOD_RANK=" + sys.argv[2] + ' "$0" -c "$1"; exit $?'
+    sys.exit(subprocess.run(["/bin/sh", "-c", shell, sys.executable, os.environ["CODE"]]).returncode)
+for rank in "01":
+    words = [sys.executable, "-c", os.environ["SELF"], "--multiprocessing-fork", rank]
+    subprocess.run(words, check=True, start_new_session=True)
+print("launcher", 0, os.getpid(), 0)
+"""
+
+
+@pytest.mark.system
+def test_horovodruns_own_processes_around_each_rank_are_not_the_launcher():
+    """Of each rank its parent is another process of horovodrun's (multiprocessing, spawn), or a shell below that one."""
+    code = KEY.format(has_launcher=True)
+    first, second, launcher = ask(sys.executable, "-c", HOROVODRUN, CODE=code, SELF=HOROVODRUN)
+    other, *_ = ask(sys.executable, "-c", HOROVODRUN, CODE=code, SELF=HOROVODRUN)
+
+    assert first[0] == second[0] != other[0]
+    assert first[1] == second[1] == launcher[2]
+
+
+@pytest.mark.system
+def test_horovodruns_ranks_that_ssh_started_meet_by_its_server():
+    """On other hosts than horovodrun's they have no ancestor in common."""
+    code = KEY.format(has_launcher=True)
+    server = {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": "34818"}
+
+    def start(rank, **environ):
+        ((key, *_),) = ask(
+            "/bin/sh", "-c", 'env HOROVOD_RANK="$1" "$0" -c "$2"; exit $?', sys.executable, rank, code, **environ
+        )
+        return key
+
+    assert start("0", **server) == start("1", **server)
+    assert start("0", **server) != start("1", **server | {"HOROVOD_GLOO_RENDEZVOUS_PORT": "34819"})
+    assert start("0") != start("1")
+
+
 @pytest.mark.system
 def test_without_a_launcher_each_process_is_a_job():
     code = KEY.format(has_launcher=False)

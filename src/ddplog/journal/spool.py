@@ -18,6 +18,8 @@ The job key names the launching process, so that two jobs on one node never meet
 back to its run: `DDPLOG_JOB` where `ddplog run` set it, else a hash of user, boot id, pid namespace and the
 launcher's pid and start time. The launcher is the nearest ancestor that does not carry the variables that it gives
 its ranks: those of the innermost launcher, since a torchrun in a batch job has SLURM's rank variables itself.
+horovodrun puts a process of its own between itself and each rank, which is passed over; where it starts ranks through
+ssh they have no ancestor in common, and its rendezvous server's address takes the launcher's place.
 """
 
 from __future__ import annotations
@@ -63,9 +65,11 @@ RANK_VARIABLES: Final = (
     "MV2_COMM_WORLD_RANK",
     "JSM_NAMESPACE_RANK",
 )
+_HOROVOD: Final = "HOROVOD_RANK"
+_HOROVOD_SERVER: Final = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
 _INNERMOST: Final = (
     "TORCHELASTIC_RUN_ID",
-    "HOROVOD_RANK",
+    _HOROVOD,
     "CROSS_RANK",
     "OMPI_COMM_WORLD_RANK",
     "MV2_COMM_WORLD_RANK",
@@ -182,7 +186,14 @@ def job_key(environ: Mapping[str, str], *, has_launcher: bool) -> tuple[str, int
     """
     given = environ.get(JOB_VARIABLE)
     seen = int(os.readlink("/proc/self"))  # our pid as /proc's mount shows it, which may be an outer namespace's
-    anchor = _launcher(seen, _marks(environ)) if has_launcher or given else seen
+    marks = _marks(environ)
+    anchor = _launcher(seen, marks) if has_launcher or given else seen
+    meeting = ""
+    if has_launcher and marks == (_HOROVOD,):
+        horovodrun = _horovodrun(anchor)
+        if horovodrun is None:
+            meeting = ":".join(environ.get(name, "") for name in _HOROVOD_SERVER).strip(":")
+        anchor = horovodrun or anchor
     pid = 0
     if has_launcher or given:
         # A shell around one rank is not the launcher, but the next best where pids are another namespace's.
@@ -190,7 +201,7 @@ def job_key(environ: Mapping[str, str], *, has_launcher: bool) -> tuple[str, int
     if given:
         return given, pid
     namespace = os.readlink("/proc/self/ns/pid")
-    identity = f"{os.getuid()}:{boot_id()}:{namespace}:{anchor}:{start_ticks(anchor)}"
+    identity = f"{os.getuid()}:{boot_id()}:{namespace}:{meeting or f'{anchor}:{start_ticks(anchor)}'}"
     return hashlib.sha256(identity.encode()).hexdigest()[:16], pid
 
 
@@ -207,6 +218,21 @@ def _launcher(pid: int, marks: tuple[str, ...]) -> int:
         if parent <= 1 or not _carries(parent, marks):
             return parent if parent > 0 else pid
         pid = parent
+
+
+def _horovodrun(pid: int) -> int | None:
+    """Return the horovodrun at or above a process: its child, which multiprocessing started, runs a shell, which runs a rank.
+
+    Returns:
+        None if there is none: its ranks on other hosts are started through ssh.
+    """
+    while pid > 1:
+        parent = int(_stat_fields(pid)[1])
+        with suppress(OSError):
+            if b"--multiprocessing-fork" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                return parent
+        pid = parent
+    return None
 
 
 def _carries(pid: int, marks: tuple[str, ...]) -> bool:
