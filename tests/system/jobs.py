@@ -27,7 +27,7 @@ LAUNCHER = Path(__file__).with_name("launcher.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 DDPLOG = (sys.executable, "-m", "ddplog.cli.main")
 _FLOCK = struct.Struct("hhqqi4x")
-_FOREIGN = ("DDPLOG_", "SLURM_", "KUBERNETES_", "TORCHELASTIC_", "OMPI_", "PMI_", "PYTHONWARNINGS")
+_FOREIGN = ("DDPLOG_", "SLURM_", "KUBERNETES_", "TORCHELASTIC_", "HOROVOD_", "OMPI_", "PMI_", "PYTHONWARNINGS")
 
 
 def wait_until(predicate: Callable[[], Found], timeout_s: float = 30.0) -> Found:

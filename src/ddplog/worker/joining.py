@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ddplog.errors import ConfigError
-from ddplog.worker import current, identity
+from ddplog.worker import contexts, current, identity
 from ddplog.worker.absent import AbsentRun, NullRun
 from ddplog.worker.lifecycle import init
 from ddplog.worker.run import Run
@@ -29,7 +29,7 @@ def join(settings: Mapping[str, Any]) -> Run:
     run = current.run
     if run is None or not is_open(run):
         return AbsentRun() if _is_helper() else init(**settings)
-    who = identity.detect(os.environ)
+    who = identity.detect(os.environ, contexts.initialised(sys.modules))
     if not isinstance(run, NullRun) and (who.rank, who.world_size) != (run.rank, run.world_size):
         what = (
             f"ddplog.init() was called before the ranks were known; this is rank {who.rank} of {who.world_size}, and "
@@ -50,4 +50,4 @@ def _is_helper() -> bool:
     data = sys.modules.get("torch.utils.data")
     if data is not None and data.get_worker_info() is not None:
         return True
-    return current.is_worker() and identity.process_group() is None
+    return current.is_worker() and not contexts.initialised(sys.modules)

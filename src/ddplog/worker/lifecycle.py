@@ -30,7 +30,8 @@ from ddplog.errors import ConfigError
 from ddplog.journal import spool
 from ddplog.journal.election import ensure_agent
 from ddplog.journal.writer import JournalWriter
-from ddplog.worker import current, stacks
+from ddplog.worker import contexts as contexts_of
+from ddplog.worker import current, doubts, stacks
 from ddplog.worker import identity as identity_of
 from ddplog.worker.absent import AbsentRun, NullRun
 from ddplog.worker.run import Run, describe, finish_at_exit
@@ -88,7 +89,8 @@ def init(
         current.run = NullRun()
         return current.run
     _check_sinks(resolved.sinks)
-    who = identity_of.detect(os.environ)
+    contexts = contexts_of.initialised(sys.modules)
+    who = identity_of.detect(os.environ, contexts)
     folder, job = _declare(resolved, who, config or {})
     _ordinal += 1
     _leave_run(folder)
@@ -120,6 +122,10 @@ def init(
     _install_hooks()
     current.runs[:] = [known for known in current.runs if known._journal.is_open] + [run]  # noqa: SLF001
     current.run = run
+    launched = identity_of.from_environment(os.environ)
+    doubt = doubts.find(os.environ, launched, contexts, sys.modules, sys.orig_argv)
+    if doubt is not None:
+        doubts.tell(run, doubt)
     return run
 
 
