@@ -14,9 +14,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 version=0.28.1
 checksum=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 
-# works: whether $python has a Horovod whose library loads: one that another torch built it for does not.
+# works: whether $python has a Horovod whose library loads; the import alone goes through without it.
 works() {
-    "$python" -c 'import horovod.torch' >/dev/null 2>&1
+    "$python" -c 'import horovod.torch as hvd; hvd.is_initialized()' >/dev/null 2>&1
 }
 
 # key: print what a wheel is tied to.
@@ -30,7 +30,7 @@ PYTHON
 }
 
 install_tools() {
-    if command -v cmake >/dev/null && command -v c++ >/dev/null; then
+    if command -v cmake >/dev/null && command -v make >/dev/null && command -v c++ >/dev/null; then
         return
     fi
     [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null ||
@@ -84,4 +84,6 @@ if ! compgen -G "$wheels/horovod-*.whl" >/dev/null; then
 fi
 step 2 "installing it into $folder"
 pip_install --no-deps --force-reinstall "$wheels"/horovod-*.whl
-works || fail "Horovod is installed, and cannot be imported: $("$python" -c 'import horovod.torch' 2>&1 | tail -n 1)"
+works || fail "Horovod is installed and does not load; remove $wheels to build it again: $(
+    "$python" -c 'import horovod.torch as hvd; hvd.is_initialized()' 2>&1 | tail -n 1
+)"

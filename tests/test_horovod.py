@@ -232,7 +232,7 @@ def test_without_init_both_say_what_to_do(monkeypatch):
 
 
 def test_what_is_copied_with_a_model_is_off():
-    handle = Attached(object(), object(), None, 7)
+    handle = Attached(None, object(), object(), None, 7)
 
     for copied in (copy.deepcopy(handle), pickle.loads(pickle.dumps(handle))):
         assert repr(copied) == "<ddplog.horovod.Attached off next_step=0>"

@@ -75,7 +75,7 @@ def attach(
     earlier = getattr(vars(optimizer).get("synchronize"), "__self__", None)
     if isinstance(earlier, Attached):
         earlier.detach()
-    handle = Attached(optimizer, model, batch_size, first_step)
+    handle = Attached(hvd, optimizer, model, batch_size, first_step)
     if isinstance(run, NullRun):
         return handle
     doubt = _find_doubt(hvd, run)
@@ -90,7 +90,8 @@ def attach(
 class Attached:
     """What attach() returned: an optimizer whose steps are logged until detach()."""
 
-    def __init__(self, optimizer: Any, model: Any, batch_size: int | None, first_step: int) -> None:
+    def __init__(self, hvd: Any, optimizer: Any, model: Any, batch_size: int | None, first_step: int) -> None:
+        self._hvd = hvd
         self._optimizer = optimizer
         self._model = model
         self._batch_size = batch_size
@@ -227,6 +228,10 @@ class Attached:
         run = current.run
         if run is None or isinstance(run, NullRun):
             return
+        if self._hvd.size() != run.world_size:  # resized, and ddplog.init() was not called again
+            doubt = _find_doubt(self._hvd, run)
+            if doubt is not None:
+                doubts.tell(run, doubt)
         ambient = run._journal.ambient_step  # noqa: SLF001 - the same package
         run.log({**self._times(ended_ns), **self._optim()}, step=self._next_step if ambient == NO_STEP else ambient)
 
@@ -263,7 +268,7 @@ class Attached:
         _logger.warning("ddplog: this optimizer's steps are not measured any more: %r", exc)
 
     def __reduce__(self) -> Any:
-        return Attached, (None, None, None, 0)  # in a copy of the model, whose hooks these are, too
+        return Attached, (None, None, None, None, 0)  # in a copy of the model, whose hooks these are, too
 
     def __repr__(self) -> str:
         return f"<ddplog.horovod.Attached {'on' if self._is_on else 'off'} next_step={self._next_step}>"

@@ -69,6 +69,20 @@ def test_a_horovod_script_under_another_launcher(job, order, starter):
 
 @needs_horovod
 @pytest.mark.services
+def test_a_rank_that_elastic_horovod_has_renumbered(job):
+    """A job that has shrunk to one rank is no split one, but ddplog.init() knows the rank and the size of before."""
+    _, err = job.run(*job.ranks(2, job.script(HOROVOD), "ddplog first"), HOROVOD_ELASTIC="1", timeout_s=150)
+
+    assert err.count("RuntimeWarning: ddplog: the rank is out of date") == 1
+    assert "joined as rank 0 of 2, and this is now Horovod's rank 0 of 1" in err
+    assert "again in the function that hvd.elastic.run wraps" in err
+    with job.open() as run:
+        (event,) = alerts(run)
+        assert (event.level, event.rank) == ("error", 0)
+
+
+@needs_horovod
+@pytest.mark.services
 def test_a_torchrun_script_started_by_horovodrun(job):
     out, err = use_venv(job).run(*HOROVODRUN, "-np", "2", "python", job.script(TORCH), timeout_s=150)
 
