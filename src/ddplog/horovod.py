@@ -354,7 +354,7 @@ def _norm(optimizer: Any) -> Any:
     dense = [gradient.detach() for gradient in gradients if not gradient.is_sparse]
     if not dense or len(dense) < len(gradients):
         return None
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in dense]))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense)))  # noqa: SLF001 - as clip_grad_norm_() does it
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

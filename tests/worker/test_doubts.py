@@ -40,9 +40,9 @@ def test_a_horovod_script_that_another_launcher_started_is_named_with_the_comman
     command = f"horovodrun -np {num} python -u train.py --name 'two words'"
     assert (doubt.title, doubt.level) == ("the job is split", "error")
     assert doubt.text == (
-        f"{starter} started {num} processes, and Horovod is alone in each of them (hvd.rank() is 0, hvd.size() is 1): "
-        f"{reason}. They train separately, and no gradient is averaged. Start it with `{command}`, or with `ddplog run -- "
-        f"{command}`. ddplog keeps the ranks of {starter}, so that all of it is in this run."
+        f"{starter} started {num} separate trainings, and no gradient is averaged. Start it with `{command}`, or with "
+        f"`ddplog run -- {command}`. Horovod is alone in each of the processes (hvd.rank() is 0, hvd.size() is 1): {reason}. "
+        f"ddplog keeps the ranks of {starter}, so that all of it is in this run."
     )
 
 
@@ -55,7 +55,8 @@ def test_a_torch_script_that_horovodrun_started_is_named_with_the_command_to_use
 
     command = "train.py --name 'two words'"
     assert (doubt.title, doubt.level) == ("the job is split", "error")
-    assert "horovodrun started 4 processes, and torch.distributed has a world of 1 in each of them" in doubt.text
+    assert doubt.text.startswith("horovodrun started 4 separate trainings, and no gradient is averaged.")
+    assert "torch.distributed has a world of 1 in each of the processes" in doubt.text
     assert f"`torchrun --nproc-per-node 4 {command}`, or with `ddplog run --nproc-per-node 4 {command}`" in doubt.text
 
 

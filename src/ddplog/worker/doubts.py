@@ -93,16 +93,16 @@ def _split(launched: Identity, contexts: Sequence[Context], argv: Sequence[str])
     horovod = next((context for context in contexts if context.library == "horovod"), None)
     reason = f"it does not read the variables of {starter}"
     if horovod is None:
-        alone = "torch.distributed has a world of 1 in each of them"
+        alone = "torch.distributed has a world of 1 in each of the processes"
         advice = _advise(f"torchrun --nproc-per-node {num}", f"ddplog run --nproc-per-node {num}", argv)
     else:
-        alone = "Horovod is alone in each of them (hvd.rank() is 0, hvd.size() is 1)"
+        alone = "Horovod is alone in each of the processes (hvd.rank() is 0, hvd.size() is 1)"
         advice = _advise(f"horovodrun -np {num} python", f"ddplog run -- horovodrun -np {num} python", argv)
         if launched.launcher in _MPI and not horovod.has_mpi:
             reason = "this one is built without MPI"
-    text = (
-        f"{starter} started {num} processes, and {alone}: {reason}. They train separately, and no gradient is averaged. "
-        f"{advice}. ddplog keeps the ranks of {starter}, so that all of it is in this run."
+    text = (  # the command comes early: tables cut a long message off
+        f"{starter} started {num} separate trainings, and no gradient is averaged. {advice}. {alone}: {reason}. ddplog "
+        f"keeps the ranks of {starter}, so that all of it is in this run."
     )
     return Doubt(title="the job is split", text=text, level="error")
 
