@@ -13,10 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddplog.worker.scalars import MAX_KEY_BYTES, BadValueError, as_float, as_int, flatten
+from ddplog.worker.scalars import MAX_KEY_BYTES, BadValueError, as_int, as_number, flatten
 
 NUMPY_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32",
                "float64", "longdouble")  # fmt: skip
+
+
+def as_float(key, value):
+    return as_number(key, value, lambda _: False)
 
 
 def leaves(data):
@@ -94,7 +98,10 @@ def test_what_is_no_number_is_refused_with_its_type(value, what):
 TORCH = """
 import sys
 import torch
-from ddplog.worker.scalars import BadValueError, as_float, as_int
+from ddplog.worker.scalars import BadValueError, as_int, as_number
+
+def as_float(key, value):
+    return as_number(key, value, lambda _: False)
 
 def refused(value):
     try:

@@ -56,6 +56,8 @@ class Tracked:
     sent_ns: int = 0
     bye_seq: int | None = None
     """Its length, once it is dead and read to the end."""
+    num_unarrived: int = 0
+    """Values that it had taken, and that were still on their way from a device when it died."""
     is_done: bool = False
     """Dead, and all of it acknowledged."""
     trimmed: tuple[int, bool] = (0, False)
@@ -71,6 +73,14 @@ class Tracked:
     @property
     def incarnation(self) -> bytes:
         return bytes(self.reader.incarnation)
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """Reason -> count: what the rank counted, and what its death left on the device."""
+        drops = self.reader.drops
+        if self.num_unarrived:
+            drops["device_pending"] = drops.get("device_pending", 0) + self.num_unarrived
+        return drops
 
 
 class Shipper:
@@ -247,6 +257,7 @@ class Shipper:
                 continue
             if tracked.acked_seq == tracked.reader.next_seq and tracked.reader.read(BATCH_BYTES) is None:
                 tracked.bye_seq = tracked.acked_seq
+                tracked.num_unarrived = tracked.reader.num_unarrived
                 tracked.is_done = True
 
     # -- messages out
@@ -314,6 +325,7 @@ class Shipper:
             if any(died_ns <= tracked.died_ns for died_ns in unread):
                 return
             tracked.bye_seq = tracked.reader.next_seq
+            tracked.num_unarrived = tracked.reader.num_unarrived
             yield self._heartbeat(is_over=False)  # its last drops, before the run may close
             reach("agent.before_bye")
             yield codec.encode_bye(tracked.incarnation, tracked.bye_seq, finished=tracked.reader.has_finished)
@@ -329,7 +341,7 @@ class Shipper:
     def _heartbeat(self, *, is_over: bool) -> bytes:
         progress = [
             codec.make_progress(
-                tracked.incarnation, *tracked.shown, tracked.reader.drops, tracked.in_flight, tracked.process.look()
+                tracked.incarnation, *tracked.shown, tracked.drops, tracked.in_flight, tracked.process.look()
             )
             for tracked in self.tracked.values()
         ]

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddplog.core.records import NO_STEP, PREFIX, scan
+from ddplog.core.records import KIND_MESSAGE, KIND_SCALARS, NO_STEP, PREFIX, scan
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal import segment as layout
 from ddplog.journal.durable import Durability
@@ -102,7 +102,9 @@ class JournalReader:
         self.next_seq = 0
         """The seq of the next frame to read. Below the one at the offset: what is between is a hole."""
         self.last_time_unix_ns = 0
-        """When the newest frame read was written."""
+        """When the newest frame read was logged."""
+        self._last_num_values = 0
+        """How many values the newest frame read or passed holds."""
         self._durability = Durability(folder, self._head, is_agent=True)
         self._synced_seq: int | None = None
         """The next seq when everything had been made durable; None: it is not known to be."""
@@ -149,6 +151,18 @@ class JournalReader:
     @property
     def _drops(self) -> bytes:
         return self._head[layout.DROPS_OFFSET : layout.DROPS_OFFSET + 8 * len(layout.DROP_REASONS)]
+
+    @property
+    def num_unarrived(self) -> int:
+        """How many values a dead rank had taken that never got into its journal, which has been read to the end.
+
+        They were on their way from a device, or queued behind such ones. The rank counts them down after each append:
+        a kill between the two leaves one record, and perhaps the declaration of its keys, that is counted in both.
+        """
+        (word,) = layout.U64.unpack_from(self._head, layout.PENDING_OFFSET)
+        num_values, as_of = int(word & 0xFFFFFFFF), int(word >> 32)
+        is_last_counted = (self.next_seq - as_of) & 0xFFFFFFFF in (1, 2)
+        return max(0, num_values - self._last_num_values) if is_last_counted else num_values
 
     @property
     def acked_seq(self) -> int:
@@ -209,11 +223,16 @@ class JournalReader:
             payload=bytes(segment.view[start:end]),
             epoch=segment.epoch,
         )
-        self.last_time_unix_ns = PREFIX.unpack_from(segment.view, offset)[6]
+        self._note_last(segment, offset)
         self._offset = end
         self._at_seq += count
         self.next_seq = self._at_seq
         return chunk
+
+    def _note_last(self, segment: _Segment, offset: int) -> None:
+        _, _, _, head, aux, _, self.last_time_unix_ns, _ = PREFIX.unpack_from(segment.view, offset)
+        kind = head & 0xFF
+        self._last_num_values = aux if kind == KIND_SCALARS else int(kind == KIND_MESSAGE)
 
     @property
     def _is_final(self) -> bool:
@@ -317,6 +336,7 @@ class JournalReader:
                 self._offset = offset + length
                 self._at_seq += 1
                 if self._at_seq >= seq:
+                    self._note_last(segment, offset)
                     return
 
     @property

@@ -11,6 +11,9 @@ head      4096 bytes, mapped by the rank (writes) and the agent (reads; writes `
             112  u64 the same, that the rank found in a flush()
             120  u64 counts the attempts to write this page: a page that could not be written must be dirty again
             128  32 x u64 drops, by the index of the reason in DROP_REASONS
+            384  u64 values that log() has taken and that are not in the journal yet, since they, or what was logged
+                 before them, are on their way from a device: their number in the low 32 bits, and in the high ones the
+                 low bits of the seq that was the next when it held; 0: none. (It came later; before, it was always 0.)
            1024  JSON: the rank's identity
 alive     empty; the rank holds a POSIX record lock on it while it lives. Not on a mapped file: closing any descriptor of
           a file drops the process's locks on it, and mmap closes one. Not flock: that lives on in forked children.
@@ -60,6 +63,7 @@ AGENT_SUSPECT_OFFSET: Final = 104
 RANK_SUSPECT_OFFSET: Final = 112
 TOUCH_OFFSET: Final = 120
 DROPS_OFFSET: Final = 128
+PENDING_OFFSET: Final = 384
 JSON_OFFSET: Final = 1024
 
 DROP_REASONS: Final = (
@@ -76,6 +80,10 @@ DROP_REASONS: Final = (
     "reentrant_overflow",
     "io_error",
     "unsupported",
+    "device_backlog",
+    "device_error",
+    "device_pending",
+    "graph_capture",
 )
 """Why a value or record was not taken. Their order is part of the format: only append."""
 

@@ -114,7 +114,10 @@ class JournalWriter:
         self._flush_lock = threading.RLock()
         self._is_busy = False
         self.deferred: deque[tuple[Mapping[str, Any], int | None, float]] = deque()
-        self._schemas: dict[tuple[str, ...], Schema] = {}
+        self._declared: dict[tuple[str, ...], Schema] = {}
+        """Of this segment."""
+        self._schemas = self._declared
+        """What the hot path may use: all of them, or nothing while it is held."""
         self._num_schemas = 0
         self._last_keys: tuple[str, ...] | None = None
         self._last_schema: Schema = _NO_SCHEMA
@@ -234,37 +237,63 @@ class JournalWriter:
         else:
             self.deferred.append((dict(data), step, weight))
 
-    def append_scalars(self, keys: tuple[str, ...], values: list[float], step: int, weight: float) -> None:
+    def hold(self) -> None:
+        """Let the hot path refuse everything until release(), so that nothing overtakes what the caller has in hand; call
+        between enter() and leave(). It knows no keys then, which costs it nothing while it is not held.
+        """
+        self._schemas, self._last_keys = {}, None
+
+    def release(self) -> None:
+        """Open the hot path again; call between enter() and leave()."""
+        self._schemas = self._declared
+
+    def append_scalars(
+        self, keys: tuple[str, ...], values: list[float], step: int, weight: float, time_unix_ns: int | None = None
+    ) -> None:
         """Append a record of any keys; call between enter() and leave().
+
+        Args:
+            keys: Names.
+            values: One for each name.
+            step: Of the call.
+            weight: Of the call.
+            time_unix_ns: Of the call; now, if not given.
 
         Raises:
             JournalFullError: There is no room; nothing was written.
         """
         self._tick()
-        schema = self._schemas.get(keys)
+        schema = self._declared.get(keys)
         if schema is None or self._offset + schema.size > self._limit:
             schema = self._declare(keys)
-        now, view, offset = time_ns(), self._view, self._offset
+        at = time_ns() if time_unix_ns is None else time_unix_ns
+        view, offset = self._view, self._offset
         end = offset + schema.size
-        schema.pack_into(view, offset + 8, self._seq, schema.head, schema.aux, step, now, weight, *values)
+        schema.pack_into(view, offset + 8, self._seq, schema.head, schema.aux, step, at, weight, *values)
         WORD.pack_into(view, offset, crc32(view[offset + 8 : end], self._epoch) << 32 | schema.size)
         self._seq += 1
         self._offset = end
 
-    def append_message(self, message: Mapping[str, Any], step: int = NO_STEP, kind: int = KIND_MESSAGE) -> None:
-        """Append anything that is not a scalar; call between enter() and leave().
+    def append_message(
+        self,
+        message: Mapping[str, Any],
+        step: int = NO_STEP,
+        kind: int = KIND_MESSAGE,
+        time_unix_ns: int | None = None,
+    ) -> None:
+        """Append anything that is not a scalar; call between enter() and leave(). `time_unix_ns`: of the call, if not now.
 
         Raises:
             JournalFullError: There is no room; nothing was written.
             ValueError: The record is larger than MAX_RECORD_BYTES.
         """
         self._tick()
-        frame = encode_message(kind, self._seq, step, time_ns(), message, self._epoch)
-        if len(frame) > MAX_RECORD_BYTES:
-            raise ValueError(f"{len(frame)} bytes; a record holds at most {MAX_RECORD_BYTES}")
+        at = time_ns() if time_unix_ns is None else time_unix_ns
+        frame = encode_message(kind, self._seq, step, at, message, self._epoch)
+        check_size(frame)
         if self._offset + len(frame) > self._limit:
             self._make_room(len(frame))
-            frame = encode_message(kind, self._seq, step, time_ns(), message, self._epoch)  # another epoch
+            frame = encode_message(kind, self._seq, step, at, message, self._epoch)  # another epoch
         offset = self._offset
         self._view[offset + 8 : offset + len(frame)] = frame[8:]
         self._view[offset : offset + 8] = frame[:8]
@@ -286,12 +315,12 @@ class JournalWriter:
         message = {"id": self._num_schemas + 1, "keys": keys}
         schema = Schema(self._num_schemas + 1, len(keys))
         self._make_room(len(encode_message(KIND_SCHEMA, 0, NO_STEP, 0, message, 0)) + schema.size)
-        known = self._schemas.get(keys)
+        known = self._declared.get(keys)
         if known is not None:
             return known
         self.append_message(message, kind=KIND_SCHEMA)
         self._num_schemas += 1
-        self._schemas[keys] = schema
+        self._declared[keys] = schema
         return schema
 
     def look_after_agent(self) -> None:
@@ -367,7 +396,10 @@ class JournalWriter:
         self._segment, self._view, self._epoch = mapping, memoryview(mapping), epoch
         self._number += 1
         self._sizes[self._number] = size
-        self._schemas, self._last_keys = {}, None
+        is_held = self._schemas is not self._declared
+        self._declared, self._last_keys = {}, None
+        if not is_held:
+            self._schemas = self._declared
         self._offset, self._limit, self._size = layout.SEGMENT_HEADER_BYTES, size - _LAST_BYTES, size
 
     def _check_ours(self) -> None:
@@ -392,8 +424,25 @@ class JournalWriter:
         Raises:
             struct.error: If it is not an int64.
         """
-        layout.put(self._head, layout.STEP_OFFSET, layout.I64.pack(step))
+        self.show_step(step)
         self._ambient = step
+
+    def take_step(self, step: int) -> None:
+        """Set the ambient step of the calls to come; its progress is shown later, by show_step()."""
+        self._ambient = step
+
+    def show_step(self, step: int) -> None:
+        """Show progress: whatever was logged before `step` was set is in the journal.
+
+        Raises:
+            struct.error: If it is not an int64.
+        """
+        layout.put(self._head, layout.STEP_OFFSET, layout.I64.pack(step))
+
+    def show_pending(self, num_values: int) -> None:
+        """Tell the agent how many values were taken and are not in the journal yet: if this process dies, they are lost."""
+        word = (self._seq & 0xFFFFFFFF) << 32 | num_values if num_values else 0
+        layout.put(self._head, layout.PENDING_OFFSET, layout.U64.pack(word))
 
     @property
     def ambient_step(self) -> int:
@@ -445,7 +494,7 @@ class JournalWriter:
         if not self._is_open:
             return
         self._is_open = False
-        self._schemas = {}
+        self._schemas = self._declared = {}
         self._last_keys = None
         self._limit = 0
         if finished:
@@ -459,7 +508,7 @@ class JournalWriter:
         signal handler forked in its midst, and the child goes on with it) cannot write either.
         """
         self._is_open = False
-        self._schemas = {}
+        self._schemas = self._declared = {}
         self._last_keys = None
         self._offset = self._limit = self._size = 0
         self._view.release()
@@ -487,6 +536,12 @@ class JournalWriter:
 _NO_SCHEMA: Final = Schema(0, 0)
 time_ns = time.time_ns
 WORD_pack_into = WORD.pack_into
+
+
+def check_size(frame: bytes) -> None:
+    """Raise a ValueError that names both sizes if a frame is too large for a record."""
+    if len(frame) > MAX_RECORD_BYTES:
+        raise ValueError(f"{len(frame)} bytes; a record holds at most {MAX_RECORD_BYTES}")
 
 
 def _map_new(path: Path, size: int, least: int) -> mmap.mmap:

@@ -1,7 +1,8 @@
 """Owns a run inside a training process: the public Run object.
 
 After init() nothing here raises into the training loop unless `strict` is set, and nothing blocks: a value that
-cannot be logged is counted by reason in the journal's head page and warned about once per reason.
+cannot be logged is counted by reason in the journal's head page and warned about once per reason. A value on a device is
+not waited for: it enters the journal, in its place, when a later call finds it arrived (pending.py).
 """
 
 from __future__ import annotations
@@ -21,8 +22,18 @@ from ddplog.core.records import NO_STEP
 from ddplog.errors import UsageError
 from ddplog.journal.spool import JobInfo
 from ddplog.journal.writer import NO_WEIGHT, JournalFullError, JournalWriter
+from ddplog.worker.device import Cuda, Device
 from ddplog.worker.identity import Identity
-from ddplog.worker.scalars import BadValueError, as_float, as_int, flatten
+from ddplog.worker.pending import Pending
+from ddplog.worker.scalars import (
+    BadValueError,
+    as_int,
+    as_number,
+    exempt_from_tracing,
+    flatten,
+    is_remote,
+    shown,
+)
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -32,9 +43,10 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("ddplog")
 _LEVELS: Final = ("info", "warning", "error")
 _MAX_LATER: Final = 1000
+_POLL_S: Final = 0.0005
 _STATUSES: Final = ("finished", "failed", "killed", "preempted")
-_MAX_KEYS_PER_RECORD: Final = 512
-"""So that the record that declares them, 250 bytes a name at most, is well below the limit of a record."""
+_LEAST_WAIT_S: Final = 1.0
+"""How long flush() and the end wait for a device even with exit_wait_s=0: its last kernels take milliseconds."""
 _PERCENTILE: Final = re.compile(r"p([0-9]{1,2}(\.[0-9]+)?|100)")  # as core/reduce.py has it, which imports numpy
 _REDUCTIONS: Final = ("mean", "sum", "min", "max", "last", "std", "median", "rss", "none")
 
@@ -42,7 +54,9 @@ _REDUCTIONS: Final = ("mean", "sum", "min", "max", "last", "std", "median", "rss
 class Run:
     """One rank's handle on the run. Every method may be called on any rank, from any thread, at any time.
 
-    Guarantees: what was accepted (the call returned) survives SIGKILL of the process.
+    Guarantees: what was accepted (the call returned) survives SIGKILL of the process, values on a device excepted: they,
+    and what is logged after them, do once a later call, flush(), finish() or the exit finds them arrived. Those that a
+    SIGKILL takes are counted as dropped, `device_pending`.
     Does not guarantee: that it has reached the aggregator; see flush() and finish().
     """
 
@@ -55,9 +69,13 @@ class Run:
         strict: bool,
         exit_wait_s: float,
         max_keys: int,
+        device: Device | None = None,
     ) -> None:
         self._journal = journal
+        self._pending = Pending(journal, device or Cuda())
+        self._is_exempt = False
         self._fast = journal.log_floats
+        self._holds = self._pending.staging.device.holds
         self._deferred = journal.deferred
         self._job = job
         self._identity = identity
@@ -99,7 +117,8 @@ class Run:
         """Log numbers of one step.
 
         Args:
-            data: Names to numbers: Python, numpy or torch (one element). Nested dicts are joined by "/".
+            data: Names to numbers: Python, numpy or torch (one element), on a GPU too: it is not waited for, and what
+                is done with the tensor afterwards does not matter. Nested dicts are joined by "/".
             step: The optimizer step. If not given: that of set_step(), else how often this set of names was logged
                 before by this rank.
             weight: What the values count for in weighted reductions, usually len(batch); finite, not negative.
@@ -120,28 +139,24 @@ class Run:
         if not journal.enter():
             journal.defer(data, step, weight)
             return
+        self._is_exempt = self._is_exempt or exempt_from_tracing()
         problems: list[BadValueError] = []
-        left: list[int] = []
         try:
-            self._append(data, step, weight, problems, left)
-        except JournalFullError as exc:
-            journal.drop(exc.reason, sum(left) or _size(data))
-            self._warn(exc.reason, "the journal's disk is full: values are dropped (counted)")
+            self._pending.sweep()
+            self._append(data, step, weight, problems)
         except Exception as exc:  # noqa: BLE001 - the edge of the public API: training goes on
-            journal.drop("io_error", sum(left) or _size(data))
+            journal.drop("io_error", _size(data))
             self._warn("io_error", f"log() failed: {exc!r}")
         finally:
             journal.leave()
+        self._say()
         for problem in problems:
             journal.drop(problem.reason, problem.num_values)
             self._warn(problem.reason, str(problem))
         if problems and self._strict:
             raise UsageError("; ".join(map(str, problems[:5])))
 
-    def _append(
-        self, data: Mapping[str, Any], step: int | None, weight: float, problems: list[BadValueError], left: list[int]
-    ) -> None:
-        """Append the values; `left` then holds how many good ones are still to come, should it raise."""
+    def _append(self, data: Mapping[str, Any], step: Any, weight: Any, problems: list[BadValueError]) -> None:
         if not isinstance(data, Mapping):
             what = type(data).__name__
             problems.append(BadValueError("bad_value", f"log() takes a dict of names to numbers, not {what}"))
@@ -154,35 +169,39 @@ class Run:
                 why = "a nested name and a flat one are the same: the last value counts"
                 problems.append(BadValueError("bad_key", why, len(pairs) - len(numbers)))
         names = tuple(numbers)
-        number_of_step = self._step(names, step, problems) if names else None
-        if number_of_step is None:
-            return
-        values, factor = list(numbers.values()), self._weight(weight, problems)
-        for start in range(0, len(names), _MAX_KEYS_PER_RECORD):
-            part = slice(start, start + _MAX_KEYS_PER_RECORD)
-            left[:] = [len(names) - start]
-            self._journal.append_scalars(names[part], values[part], number_of_step, factor)
+        step_or_tensor = self._step(names, step, problems) if names else None
+        if step_or_tensor is not None:
+            factor = self._weight(weight, problems)
+            self._pending.put(names, list(numbers.values()), step_or_tensor, factor, problems)
 
-    def _known_numbers(self, data: Mapping[str, Any]) -> dict[str, float] | None:
+    def _say(self) -> None:
+        """Warn of what went wrong inside, now that the journal has been left: a warning may run the user's code."""
+        said = self._pending.said
+        while said:
+            self._warn(*said.pop(0))
+
+    def _known_numbers(self, data: Mapping[str, Any]) -> dict[str, Any] | None:
         """Take a flat dict of names that were all taken before, of which only the values have to be looked at.
 
         Returns:
-            None if it is anything else, or a value is no number: _numbers() then says what is wrong.
+            Floats, and tensors on a device. None if it is anything else, or a value is no number: _numbers() then says
+            what is wrong.
         """
         if not self._keys.issuperset(data):
             return None
+        holds = self._holds
         try:
-            return {key: value if type(value) is float else as_float(key, value) for key, value in data.items()}
+            return {key: value if type(value) is float else as_number(key, value, holds) for key, value in data.items()}
         except Exception:  # noqa: BLE001 - float() of a user's object may raise anything
             return None
 
-    def _numbers(self, data: Mapping[str, Any], problems: list[BadValueError]) -> Iterator[tuple[str, float]]:
+    def _numbers(self, data: Mapping[str, Any], problems: list[BadValueError]) -> Iterator[tuple[str, Any]]:
         for key, value, problem in flatten(data):
             if problem is not None:
                 problems.append(problem)
                 continue
             try:
-                number = as_float(key, value)
+                number = as_number(key, value, self._holds)
                 self._admit_key(key)
             except BadValueError as exc:
                 problems.append(exc)
@@ -191,17 +210,15 @@ class Run:
             else:
                 yield key, number
 
-    @staticmethod
-    def _weight(weight: Any, problems: list[BadValueError]) -> float:
+    def _weight(self, weight: Any, problems: list[BadValueError]) -> Any:
         try:
-            factor = as_float("weight", weight)
+            factor = as_number("weight", weight, self._holds)
         except BadValueError:
             factor = -1.0
-        if 0 <= factor < float("inf"):
+        if type(factor) is not float or 0 <= factor < float("inf"):
             return factor
-        problems.append(
-            BadValueError("bad_weight", f"weight={weight!r} must be a finite number, 0 or more; 1 is taken")
-        )
+        why = f"weight={shown(weight)} must be a finite number, 0 or more; 1 is taken"
+        problems.append(BadValueError("bad_weight", why))
         return 1.0
 
     def _admit_key(self, key: str) -> None:
@@ -211,11 +228,14 @@ class Run:
             raise BadValueError("key_limit", f"{key}: this rank has logged {self._max_keys} names already (max_keys)")
         self._keys.add(key)
 
-    def _step(self, names: tuple[str, ...], step: Any, problems: list[BadValueError]) -> int | None:
+    def _step(self, names: tuple[str, ...], step: Any, problems: list[BadValueError]) -> Any:
         if step is not None:
-            number = as_int(step)
+            try:
+                number = as_number("step", step, self._holds) if is_remote(step, self._holds) else as_int(step)
+            except BadValueError:
+                number = None
             if number is None:
-                why = f"step={step!r} must be a whole number of 64 bits"
+                why = f"step={shown(step)} must be a whole number of 64 bits"
                 problems.append(BadValueError("bad_step", why, len(names)))
             return number
         if self._journal.ambient_step != NO_STEP:
@@ -266,20 +286,11 @@ class Run:
         if not journal.enter():
             self._put_aside(partial(self._message, message, step, is_last=is_last))
             return
-        reason, why = "", ""
         try:
-            if is_last:
-                journal.append_last(message)
-            else:
-                journal.append_message(message, step)
-        except JournalFullError as exc:
-            reason, why = exc.reason, "the journal's disk is full: it is dropped (counted)"
-        except ValueError as exc:
-            reason, why = "record_too_large", f"{message['type']} is dropped (counted): {exc}"
-        except Exception as exc:  # noqa: BLE001 - the edge of the public API: training goes on
-            reason, why = "io_error", f"{message['type']} is dropped (counted): {exc!r}"
+            reason, why = self._write_message(message, step, is_last=is_last)
         finally:
             journal.leave()
+        self._say()
         if reason:
             journal.drop(reason)
             self._warn(reason, why)
@@ -288,21 +299,60 @@ class Run:
         if self._deferred:
             self._drain()
 
+    def _write_message(self, message: Mapping[str, Any], step: int, *, is_last: bool) -> tuple[str, str]:
+        """Return why it could not be taken, as a reason and for people; "" if it was."""
+        try:
+            self._pending.sweep()
+            if is_last:
+                self._pending.give_up("values on the device have not arrived at the end: they are dropped")
+                self._journal.append_last(message)
+            else:
+                self._pending.put_message(message, step)
+        except BadValueError as exc:
+            return exc.reason, str(exc)
+        except JournalFullError as exc:
+            return exc.reason, "the journal's disk is full: it is dropped (counted)"
+        except ValueError as exc:
+            return "record_too_large", f"{message['type']} is dropped (counted): {exc}"
+        except Exception as exc:  # noqa: BLE001 - the edge of the public API: training goes on
+            return "io_error", f"{message['type']} is dropped (counted): {exc!r}"
+        return "", ""
+
     def set_step(self, step: int) -> None:
         """Set the step of calls that give none, and show it as this rank's progress.
 
         Raises:
             UsageError: Under strict=True only, if it is not a whole number.
         """
-        number = as_int(step)
+        is_elsewhere = is_remote(step, self._holds)
+        number = None if is_elsewhere else as_int(step)
         if number is None:
+            why = f"set_step({shown(step)}): must be a whole number of 64 bits"
+            if is_elsewhere:
+                why += " that the host knows: nothing waits for a device here"
             if self._journal.is_open:
                 self._journal.drop("bad_step")
-            self._warn("bad_step", f"set_step({step!r}): must be a whole number of 64 bits")
+            self._warn("bad_step", why)
             if self._strict:
-                raise UsageError(f"set_step({step!r}): must be a whole number of 64 bits")
+                raise UsageError(why)
         elif self._journal.is_open:
-            self._journal.set_step(number)
+            self._put_step(number)
+
+    def _put_step(self, step: int) -> None:
+        journal = self._journal
+        if not journal.enter():  # a signal handler's: its progress must not overtake the call that it interrupted
+            journal.take_step(step)
+            self._put_aside(partial(self._put_step, step))
+            return
+        try:
+            if journal.is_open:
+                self._pending.sweep()
+                self._pending.put_step(step)
+        finally:
+            journal.leave()
+        self._say()
+        if self._deferred:
+            self._drain()
 
     def define_metric(self, pattern: str, reduce: str = "mean", *, replicated: bool = False) -> None:
         """Declare how ranks' values of matching names become one.
@@ -351,9 +401,12 @@ class Run:
     def flush(self) -> None:
         """Make everything logged so far durable on this node's disk. Blocks for one fdatasync, usually.
 
-        If the disk refuses, a warning says so: the records stay in memory, and the node's agent goes on trying.
+        Waits for values on a device, at most exit_wait_s; does not while a CUDA graph is captured. If the disk refuses, a
+        warning says so: the records stay in memory, and the node's agent goes on trying.
         """
         if os.getpid() == self._pid:
+            if not self._wait_landed(self._device_deadline_s()):
+                self._warn("flush", f"flush(): {self._pending.num_values} values are not here yet, but on a device")
             try:
                 self._journal.flush()
             except OSError as exc:
@@ -361,6 +414,8 @@ class Run:
 
     def finish(self, status: str = "finished", detail: str = "") -> None:
         """Say that this rank is done; waits, at most exit_wait_s, until the aggregator has stored everything.
+
+        And before, at most as long, for values on a device; those that have not arrived then are dropped and counted.
 
         Optional: a process that just ends loses nothing. Calls after the first do nothing.
 
@@ -373,11 +428,34 @@ class Run:
         """
         if status not in _STATUSES:
             raise UsageError(f"status={status!r}: must be one of {', '.join(_STATUSES)}")
-        if self._end_here(status, detail):
+        if self._end_here(status, detail, self._device_deadline_s()):
             self._wait_stored(time.monotonic())
 
-    def _end_here(self, status: str, detail: str, *, is_at_exit: bool = False) -> bool:
-        """Write the last record, and close the journal. False if that was done, is put aside, or is not ours to do."""
+    def _device_deadline_s(self) -> float:
+        return time.monotonic() + max(self._exit_wait_s, _LEAST_WAIT_S)
+
+    def _wait_landed(self, deadline_s: float) -> bool:
+        """Wait until nothing is on a device; False if something still is. The journal is left in between."""
+        journal = self._journal
+        while self._pending and journal.is_open:
+            if not journal.enter():
+                return False  # a signal handler's: the call it interrupted cannot go on
+            try:
+                self._pending.sweep()
+                may_wait = not self._pending.is_capturing()
+            finally:
+                journal.leave()
+            self._say()
+            if not self._pending or not may_wait or time.monotonic() >= deadline_s:
+                break
+            time.sleep(_POLL_S)
+        return not self._pending
+
+    def _end_here(self, status: str, detail: str, deadline_s: float, *, is_at_exit: bool = False) -> bool:
+        """Write the last record, and close the journal. False if that was done, is put aside, or is not ours to do.
+
+        Until the deadline it waits for values on a device.
+        """
         if os.getpid() != self._pid:
             return False
         if not self._journal.enter():  # a signal handler during log(): that call finishes, or the exit
@@ -387,6 +465,7 @@ class Run:
         self._drain()
         if self._is_finished:
             return False
+        self._wait_landed(deadline_s)
         self._is_finished = True
         try:
             self._message({"type": "finish", "status": status, "detail": detail[:2000]}, is_last=True)
@@ -446,14 +525,15 @@ class Run:
 
 def finish_at_exit(runs: Iterable[Run], status: str, detail: str) -> None:
     """Finish what this process has open, and wait for the store of all of them at once; Ctrl-C ends the wait."""
-    since_s = time.monotonic()
+    deadlines_s = {run: run._device_deadline_s() for run in runs}  # noqa: SLF001 - the same module
     try:
-        ended = [run for run in runs if run._end_here(status, detail, is_at_exit=True)]  # noqa: SLF001 - the same module
+        ended = [run for run in runs if run._end_here(status, detail, deadlines_s[run], is_at_exit=True)]  # noqa: SLF001
+        since_s = time.monotonic()
         for run in ended:
             run._wait_stored(since_s)  # noqa: SLF001
     except KeyboardInterrupt:
         for run in runs:
-            run._end_here(status, detail, is_at_exit=True)  # noqa: SLF001
+            run._end_here(status, detail, 0.0, is_at_exit=True)  # noqa: SLF001
 
 
 def _depth_of_caller() -> int:

@@ -1,12 +1,14 @@
 """Decides what a logged value is: flattens nested dicts and turns numbers of any library into floats.
 
+A tensor on a device stays one: its number is not known without waiting, which is never done here. device.py fetches it.
 torch and numpy are never imported here: a value of theirs can only exist if the user's process has.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from ddplog.worker.metrics import is_metric, local_result
@@ -68,11 +70,18 @@ def _check_key(key: str) -> BadValueError | None:
     return None
 
 
-def as_float(key: str, value: Any) -> float:
-    """Return a number as a float; ints beyond 2**53 are rounded.
+def as_number(key: str, value: Any, is_on_device: Callable[[Any], bool]) -> Any:
+    """Return a number as a float, or as a plain tensor of one element if it is on a device, which is not waited for.
+
+    Ints beyond 2**53 are rounded.
+
+    Args:
+        key: For messages.
+        value: Of any library.
+        is_on_device: Whether a tensor counts as one on a device, although it says that it is the CPU's.
 
     Raises:
-        BadValueError: If it is not one number.
+        BadValueError: If it is not one number, or has none on this rank.
     """
     if isinstance(value, (float, int)):  # bool is an int, numpy.float64 a float
         try:
@@ -81,7 +90,12 @@ def as_float(key: str, value: Any) -> float:
             raise BadValueError("bad_value", f"{key}: {str(value)[:20]}... is too large for a float") from None
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if torch is not None and isinstance(value, torch.Tensor):
-        return _from_tensor(key, value)
+        tensor = _single(key, value)
+        if tensor.is_cpu and not is_on_device(tensor):
+            return float(tensor.item())  # a third of the time of float(tensor.detach()), whatever requires_grad
+        if tensor.is_meta:
+            raise BadValueError("bad_value", f"{key}: a tensor on the meta device has no value")
+        return tensor
     if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)):
         if value.size == 1 and value.dtype.kind in "biuf":
             return float(value.reshape(()))
@@ -90,11 +104,62 @@ def as_float(key: str, value: Any) -> float:
     raise BadValueError("bad_value", f"{key}: {_article(value)}; log() takes numbers (log_text() takes text)")
 
 
-def _from_tensor(key: str, value: Any) -> float:
+def is_remote(value: Any, is_on_device: Callable[[Any], bool]) -> bool:
+    """Whether a value is a tensor whose number, and so its repr, would have to be waited for."""
+    if type(value) is int:
+        return False
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor) and (not value.is_cpu or is_on_device(value))
+
+
+def shown(value: Any) -> str:
+    """Return what a message shows of a value. Not a tensor's repr, which waits for its device."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return f"<a tensor of shape {tuple(value.shape)} on {value.device}>"
+    return repr(value)
+
+
+def _single(key: str, value: Any) -> Any:
+    """Return a tensor of one real number, with what wraps it taken off."""
     if value.numel() != 1 or value.is_complex():
         what = f"shape {tuple(value.shape)}" if value.numel() != 1 else f"type {value.dtype}"
         raise BadValueError("bad_value", f"{key}: a tensor of {what}; log() takes single real numbers")
-    return float(value.item())  # a third of the time of float(value.detach()), and as indifferent to requires_grad
+    torch = sys.modules["torch"]
+    return value if type(value) in (torch.Tensor, torch.nn.Parameter) else _unwrap(key, value)
+
+
+def _unwrap(key: str, value: Any) -> Any:
+    if isinstance(value, _classes("DTensor", "torch.distributed.tensor", "torch.distributed._tensor")):
+        if not all(placement.is_replicate() for placement in value.placements):
+            how = ", ".join(map(str, value.placements))
+            why = (
+                f"{key}: a DTensor placed {how}: no rank has its value. Log {key}.full_tensor(), which is a collective"
+            )
+            raise BadValueError("bad_value", f"{why}: every rank of its mesh has to call it")
+        return value.to_local()
+    if isinstance(value, _classes("FakeTensor", "torch._subclasses.fake_tensor")):
+        raise BadValueError("bad_value", f"{key}: a FakeTensor has no value (is something being traced?)")
+    return value
+
+
+def _classes(name: str, *modules: str) -> tuple[Any, ...]:
+    """Return the class of that name of each of the modules that are loaded: of others there is no value."""
+    found = (getattr(sys.modules.get(module), name, None) for module in modules)
+    return tuple(kind for kind in found if kind is not None)
+
+
+def exempt_from_tracing() -> bool:
+    """Tell torch.compile, if it is loaded, to leave ddplog's code alone; True if that is done.
+
+    It would compile the frames of log(), which has nothing that can be compiled, one by one: seconds at the first call. A
+    call in a compiled step is then one graph break. torch itself loads it when the first optimizer is made.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return False
+    with suppress(AttributeError):  # not a public interface: without it, it is slower at first
+        sys.modules["torch._dynamo"].trace_rules.add("ddplog")
+    return True
 
 
 def as_int(value: Any) -> int | None:

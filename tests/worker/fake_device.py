@@ -1,0 +1,72 @@
+"""A device whose copies happen when the test says: the code around it is the one that a GPU gets."""
+
+import torch
+
+
+def on_device(value, dtype=torch.float32):
+    """Return a tensor that the fake device holds."""
+    tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype)
+    tensor.on_device = True
+    return tensor
+
+
+class FakeEvent:
+    """Happens when complete() is called, and then the copies before it do, not earlier."""
+
+    def __init__(self, copies):
+        self.copies = copies
+        self.has_happened = False
+        self.error = None
+        self.num_queries = 0
+
+    def query(self):
+        self.num_queries += 1
+        if self.error is not None:
+            raise self.error
+        return self.has_happened
+
+    def complete(self):
+        for to, stacked in self.copies:
+            to.copy_(stacked)
+        self.copies = []
+        self.has_happened = True
+
+
+class FakeDevice:
+    """A stream of copies and events. Host memory that nothing was copied to yet holds 0xAB in every byte."""
+
+    def __init__(self):
+        self.events = []
+        self.num_allocations = 0
+        self.has_graph = False
+        self.error = None
+        self._copies = []
+
+    def holds(self, tensor):
+        return getattr(tensor, "on_device", False)
+
+    def is_capturing(self):
+        return self.has_graph
+
+    def allocate(self, num_bytes):
+        self.num_allocations += 1
+        return torch.full((num_bytes,), 0xAB, dtype=torch.uint8)
+
+    def copy(self, to, stacked):
+        if self.error is not None:
+            raise self.error
+        self._copies.append((to, stacked))
+
+    def record(self, stacked):
+        self.events.append(FakeEvent(self._copies))
+        self._copies = []
+        return self.events[-1]
+
+    @property
+    def waiting(self):
+        """The events that have not happened."""
+        return [event for event in self.events if not event.has_happened]
+
+    def complete(self):
+        for event in self.waiting:
+            event.complete()
