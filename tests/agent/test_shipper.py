@@ -388,6 +388,46 @@ def test_the_end_is_told_after_the_last_record_and_the_last_drops(node):
     assert "Bye" not in kinds(node.drain(100 * SECOND))
 
 
+def test_what_a_death_left_on_the_device_is_told_as_a_drop(node):
+    """The rank can no longer say it; while it lives, the values may still arrive, and are no drop."""
+    journal = node.rank().say(3)
+    node.out()
+    node.welcome(journal)
+    journal.writer.drop("device_pending", 1)  # those of an earlier end, in the same process
+    journal.writer.show_pending(5)
+    node.drain()
+    assert {drop.reason: drop.count for drop in heartbeat(node, journal, 10 * SECOND).drops} == {"device_pending": 1}
+    node.bury(11 * SECOND)
+    messages = node.drain(11 * SECOND)
+
+    assert kinds(messages)[-2:] == ["Heartbeat", "Bye"]
+    for progress in (*messages[-2].progress, heartbeat(node, journal, 20 * SECOND)):
+        assert {drop.reason: drop.count for drop in progress.drops} == {"device_pending": 6}
+    node.shipper.joined()  # another aggregator
+    node.out()
+    node.welcome(journal)
+    assert {drop.reason: drop.count for drop in heartbeat(node, journal, 30 * SECOND).drops} == {"device_pending": 6}
+
+
+def test_a_rank_that_is_found_dead_and_stored_is_asked_what_it_left(node):
+    """Its agent died with it, and the store has its records already: there is nothing to read, and still this to tell."""
+    journal = node.rank().say(3)
+    journal.writer.show_pending(4)
+    node.bury()
+    node.out()
+    node.welcome(journal, next_seq=journal.num_records)
+    messages = node.drain()
+
+    assert kinds(messages) == ["Heartbeat", "Bye"]
+    assert {drop.reason: drop.count for drop in messages[0].progress[0].drops} == {"device_pending": 4}
+
+
+def heartbeat(node, journal, now_ns):
+    message = codec.decode(node.shipper.heartbeat(now_ns, is_over=False))
+    (progress,) = (p for p in message.progress if p.incarnation == journal.incarnation)
+    return progress
+
+
 def test_no_end_is_told_while_records_wait_for_the_window(node):
     journal = node.rank(segment_bytes=4 << 20).say(120, size=200_000)
     node.out()

@@ -197,10 +197,20 @@ def tables(folder):
 
 def test_reasons_of_drops_keep_their_places():
     """The head page has their counts by place."""
-    assert segment.DROP_REASONS[:12] == (
+    assert segment.DROP_REASONS[:16] == (
         "bad_value", "bad_key", "bad_step", "bad_weight", "key_limit", "record_too_large", "disk_full", "spool_full",
-        "after_finish", "forked_child", "reentrant_overflow", "io_error",
+        "after_finish", "forked_child", "reentrant_overflow", "io_error", "device_backlog", "device_error",
+        "device_pending", "graph_capture",
     )  # fmt: skip
+    assert segment.DROPS_OFFSET + 8 * len(segment.DROP_REASONS) <= segment.PENDING_OFFSET < segment.JSON_OFFSET
+
+
+def test_a_journal_that_is_older_than_the_count_of_what_waits_has_none(of):
+    """The field came later, into bytes that had always been 0: the same format, for both sides."""
+    reader, _ = read_journal(of("journal-1"))
+
+    assert reader.num_unarrived == 0
+    reader.close()
 
 
 # -- what is refused

@@ -264,6 +264,103 @@ def test_drops_are_counted_where_the_agent_sees_them(tmp_path):
     assert writer.drops == JournalReader(tmp_path / "j").drops == {"bad_value": 4, "disk_full": 1}
 
 
+def unarrived(folder, seq=0):
+    """What an agent counts that reads a dead rank's journal from `seq` to its end."""
+    reader = JournalReader(folder)
+    reader.seek(seq)
+    while reader.read(1 << 20) is not None:
+        pass
+    num_values = reader.num_unarrived
+    reader.close()
+    return num_values
+
+
+def test_what_waits_is_counted_where_the_agent_sees_it(tmp_path):
+    """And a kill right after an append, before the count of it, counts that record once."""
+    writer = make_writer(tmp_path / "j")
+    append(writer, ("z",), [0.0])
+    assert unarrived(tmp_path / "j") == 0
+    writer.show_pending(5)
+    assert unarrived(tmp_path / "j") == 5
+    append(writer, ("a", "b"), [1.0, 2.0])  # with the declaration of its keys
+    for seq in range(4):
+        assert unarrived(tmp_path / "j", seq) == 3
+    writer.show_pending(3)
+    assert unarrived(tmp_path / "j") == 3
+    append(writer, ("a", "b"), [1.0, 2.0])
+    assert unarrived(tmp_path / "j") == 1
+    writer.show_pending(1)
+    assert writer.enter()
+    writer.append_message({"type": "text", "key": "k", "text": "x"})
+    writer.leave()
+    assert unarrived(tmp_path / "j") == 0
+    writer.show_pending(0)
+    assert unarrived(tmp_path / "j") == 0
+
+
+def test_a_declaration_without_its_record_is_no_value_that_arrived(tmp_path):
+    writer = make_writer(tmp_path / "j")
+    writer.show_pending(2)
+    assert writer.enter()
+    writer._declare(("a", "b"))
+    writer.leave()
+
+    assert unarrived(tmp_path / "j") == 2
+
+
+def test_what_a_death_left_is_made_durable_with_it(tmp_path):
+    """The agent tells it from the head page, and may have to again after a power cut."""
+
+    def num_syncs():
+        return layout.U64.unpack_from(writer._head, layout.TOUCH_OFFSET)[0]
+
+    writer = make_writer(tmp_path / "j")
+    append(writer, ("a",), [1.0])
+
+    class Reader(JournalReader):
+        is_alive = True  # a process does not see its own locks
+
+    reader = Reader(tmp_path / "j")
+    reader.read(1 << 20)
+    assert reader.sync()
+    before = num_syncs()
+    writer.show_pending(5)
+    assert reader.sync()
+    assert num_syncs() == before, "while it lives, the count changes with every call"
+    reader.is_alive = False
+    assert reader.sync()
+    assert num_syncs() == before + 1
+
+
+def test_a_held_hot_path_refuses_everything_until_it_is_released(tmp_path):
+    """In a new segment, too, into which the slow path may have to go meanwhile."""
+    writer = make_writer(tmp_path / "j")
+    append(writer, ("a",), [1.0])
+    writer.hold()
+    assert not writer.log_floats({"a": 2.0}, 0, 1.0)
+    append(writer, ("a",), [3.0])
+    assert not writer.log_floats({"a": 2.0}, 0, 1.0)
+    number = writer._number
+    while writer._number == number:
+        append(writer, ("a",), [4.0])
+    assert not writer.log_floats({"a": 2.0}, 0, 1.0)
+    writer.release()
+    assert writer.log_floats({"a": 5.0}, 0, 1.0)
+
+    assert 2.0 not in [r.values[0] for r in read_all(JournalReader(tmp_path / "j")) if r.values]
+
+
+def test_a_record_may_have_the_time_of_an_earlier_call(tmp_path):
+    writer = make_writer(tmp_path / "j")
+    assert writer.enter()
+    writer.append_scalars(("a",), [1.0], 0, 1.0, 1234)
+    writer.append_message({"type": "text", "key": "k", "text": "x"}, time_unix_ns=1235)
+    writer.leave()
+    _, scalars, text = read_all(JournalReader(tmp_path / "j"))
+
+    assert (scalars.time_unix_ns, text.time_unix_ns) == (1234, 1235)
+
+
 def test_what_the_agent_acknowledges_the_rank_sees(tmp_path):
     writer = make_writer(tmp_path / "j")
     JournalReader(tmp_path / "j").set_acked(17)

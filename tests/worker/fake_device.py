@@ -26,8 +26,9 @@ class FakeEvent:
         return self.has_happened
 
     def complete(self):
-        for to, stacked in self.copies:
-            to.copy_(stacked)
+        with torch.inference_mode():  # a slot may have been taken in it, and the copy of a GPU does not care
+            for to, stacked in self.copies:
+                to.copy_(stacked)
         self.copies = []
         self.has_happened = True
 
@@ -50,7 +51,7 @@ class FakeDevice:
 
     def allocate(self, num_bytes):
         self.num_allocations += 1
-        return torch.full((num_bytes,), 0xAB, dtype=torch.uint8)
+        return torch.full((num_bytes,), 0xAB, dtype=torch.uint8, device="cpu")
 
     def copy(self, to, stacked):
         if self.error is not None:

@@ -357,6 +357,8 @@ class JournalReader:
             return True
         is_over = not self.is_alive
         seq, drops = self.next_seq, self._drops
+        if is_over:  # what it left on a device counts from now on
+            drops += self._head[layout.PENDING_OFFSET : layout.PENDING_OFFSET + 8]
         is_new = self._has_unread or seq != self._synced_seq
         if not is_new and drops == self._synced_drops:
             return True
