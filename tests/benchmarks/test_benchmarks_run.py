@@ -64,3 +64,16 @@ def test_bench_step(tmp_path):
     assert set(results["modes"]) == {"none", "ddplog", "stacked", "one by one"}
     assert results["drops"] == {}
     assert results["helpers"] == 2
+
+
+def test_bench_gpu(tmp_path):
+    """Without a device it says so and ends well: it is kept ready for a machine that has one."""
+    torch = pytest.importorskip("torch")
+    shown, results = run("bench_gpu.py", tmp_path)
+
+    assert results["around"]["us"]["count"] == 500
+    assert results["around"]["drops"] == {}
+    assert ("no CUDA device" in shown) == (not torch.cuda.is_available())
+    if torch.cuda.is_available():
+        assert not results["syncs"]["error"]
+        assert results["syncs"]["drops"] == results["log"]["drops"] == results["step"]["drops"] == {}

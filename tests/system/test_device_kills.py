@@ -21,7 +21,7 @@ from worker.fake_device import FakeDevice, on_device
 
 run = ddplog.init()
 device = FakeDevice()
-run._pending, run._holds = Pending(run._journal, device), device.holds
+run._pending = Pending(run._journal, device)
 for step in range({NUM_STEPS}):
     run.set_step(step)
     run.log({{"loss": on_device(float(step)), "lr": 0.1}})

@@ -3,11 +3,17 @@
 import torch
 
 
+class Held(torch.Tensor):
+    """A tensor that the fake device holds; what torch makes of it is plain."""
+
+    is_cpu = False
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
 def on_device(value, dtype=torch.float32):
-    """Return a tensor that the fake device holds."""
+    """Return a tensor on the fake device."""
     tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype)
-    tensor.on_device = True
-    return tensor
+    return tensor.as_subclass(Held)
 
 
 class FakeEvent:
@@ -44,7 +50,7 @@ class FakeDevice:
         self._copies = []
 
     def holds(self, tensor):
-        return getattr(tensor, "on_device", False)
+        return isinstance(tensor, Held)
 
     def is_capturing(self):
         return self.has_graph

@@ -292,18 +292,22 @@ def test_meta_and_fake_tensors_have_no_value(run):
 
 
 def test_inside_a_fake_tensor_mode_nothing_is_broken_for_later(run):
-    """The pinned buffer would be a fake one."""
+    """What is made in it is fake, the pinned buffer too."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     real = on_device(2.0)
-    with warns("device"), FakeTensorMode(allow_non_fake_inputs=True):
+    with warns("cannot be fetched"), FakeTensorMode(allow_non_fake_inputs=True):
         run.log({"x": real}, step=0)
-    run.log({"x": on_device(3.0)}, step=1)
-    device_of(run).complete()
+    device, plain = device_of(run), device_of(run).allocate
+    device.allocate = lambda num_bytes: on_device(plain(num_bytes))  # what else is not plain memory
+    run.log({"x": on_device(2.5)}, step=1)
+    device.allocate = plain
+    run.log({"x": on_device(3.0)}, step=2)
+    device.complete()
     run.flush()
 
     assert values(run) == [{"x": 3.0}]
-    assert run.drops == {"device_error": 1}
+    assert run.drops == {"device_error": 2}
 
 
 def test_what_cannot_be_stacked_is_counted_and_the_rest_is_kept(run):
@@ -365,7 +369,7 @@ def test_nothing_overtakes_what_waits(run):
         ("message", NO_STEP, {"type": "params", "values": {"lr": 0.1}}), ("log", 3, 1.0, {"x": 3.0}),
         ("log", 4, 1.0, {"x": 4.0}),
     ]  # fmt: skip
-    assert (shown_step(run), num_unarrived(run), len(run._pending)) == (4, 0, 0)
+    assert (shown_step(run), num_unarrived(run), len(run._pending.queue)) == (4, 0, 0)
 
 
 def test_progress_never_passes_what_waits(run):
@@ -457,7 +461,7 @@ def test_beyond_the_bound_it_is_dropped_and_nothing_waits(run, monkeypatch):
         run.log({"z": 1.0}, step=10)
         for step in range(100):
             run.set_step(step)
-    assert (len(run._pending), num_unarrived(run)) == (6, 9)
+    assert (len(run._pending.queue), num_unarrived(run)) == (6, 9)
     device_of(run).complete()
     run.flush()
 
@@ -475,7 +479,7 @@ def test_the_memory_of_what_waits_is_bounded(run):
     with warns("too far behind"):
         for _ in range(100):
             run.log_text("a", "x" * 200_000)
-    kept = len(run._pending) - 1
+    kept = len(run._pending.queue) - 1
 
     assert 0 < kept * 200_000 <= queue.MAX_BYTES
     assert run.drops == {"device_backlog": 100 - kept}

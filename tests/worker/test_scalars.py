@@ -20,10 +20,6 @@ NUMPY_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "ui
                "float64", "longdouble")  # fmt: skip
 
 
-def as_float(key, value):
-    return as_number(key, value, lambda _: False)
-
-
 def leaves(data):
     return {key: value for key, value, problem in flatten(data) if problem is None}
 
@@ -34,7 +30,7 @@ def problems(data):
 
 @given(st.floats())
 def test_a_float_is_itself(value):
-    assert math.isnan(as_float("k", value)) if math.isnan(value) else as_float("k", value) == value
+    assert math.isnan(as_number("k", value)) if math.isnan(value) else as_number("k", value) == value
 
 
 @pytest.mark.parametrize(
@@ -42,7 +38,7 @@ def test_a_float_is_itself(value):
     [(0, 0.0), (-7, -7.0), (True, 1.0), (False, 0.0), (2**53 + 1, 2.0**53), (10**300, 1e300), (-(10**300), -1e300)],
 )
 def test_python_numbers(value, expected):
-    found = as_float("k", value)
+    found = as_number("k", value)
 
     assert (found, type(found)) == (expected, float)
 
@@ -50,7 +46,7 @@ def test_python_numbers(value, expected):
 def test_an_int_that_no_float_holds_is_named_and_not_written_out():
     """A million digits in a warning help nobody."""
     with pytest.raises(BadValueError) as caught:
-        as_float("loss", 10**400)
+        as_number("loss", 10**400)
 
     assert caught.value.reason == "bad_value"
     assert "loss" in str(caught.value)
@@ -61,13 +57,13 @@ def test_an_int_that_no_float_holds_is_named_and_not_written_out():
 def test_numpy_scalars_and_arrays_of_one(name):
     one = np.ones((), name)
     for value in (one, one[()], one.reshape(1), one.reshape(1, 1, 1)):
-        found = as_float("k", value)
+        found = as_number("k", value)
         assert (found, type(found)) == (1.0, float)
 
 
 def test_numpy_values_that_are_not_finite_stay_so():
-    assert math.isnan(as_float("k", np.float32("nan")))
-    assert as_float("k", np.array([-np.inf])) == -math.inf
+    assert math.isnan(as_number("k", np.float32("nan")))
+    assert as_number("k", np.array([-np.inf])) == -math.inf
 
 
 @pytest.mark.parametrize(
@@ -78,7 +74,7 @@ def test_numpy_values_that_are_not_finite_stay_so():
 )  # fmt: skip
 def test_numpy_values_that_are_no_single_real_number_are_refused(value):
     with pytest.raises(BadValueError, match="k: ") as caught:
-        as_float("k", value)
+        as_number("k", value)
 
     assert caught.value.reason == "bad_value"
 
@@ -91,7 +87,7 @@ def test_numpy_values_that_are_no_single_real_number_are_refused(value):
 )  # fmt: skip
 def test_what_is_no_number_is_refused_with_its_type(value, what):
     with pytest.raises(BadValueError, match=f"loss: {what}") as caught:
-        as_float("loss", value)
+        as_number("loss", value)
 
     assert caught.value.reason == "bad_value"
 
@@ -101,12 +97,9 @@ import sys
 import torch
 from ddplog.worker.scalars import BadValueError, as_int, as_number
 
-def as_float(key, value):
-    return as_number(key, value, lambda _: False)
-
 def refused(value):
     try:
-        as_float("k", value)
+        as_number("k", value)
     except BadValueError as exc:
         return exc.reason == "bad_value" and "k: a tensor of" in str(exc)
     return False
@@ -115,13 +108,13 @@ types = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint
          torch.int64, torch.bool]
 for dtype in types:
     for shape in ((), (1,), (1, 1)):
-        value = as_float("k", torch.ones(shape, dtype=dtype))
+        value = as_number("k", torch.ones(shape, dtype=dtype))
         assert value == 1.0 and type(value) is float, (dtype, shape)
 leaf = torch.tensor(0.5, requires_grad=True)
-assert as_float("k", leaf) == 0.5 and as_float("k", leaf * 2) == 1.0
-assert as_float("k", torch.nn.Parameter(torch.tensor([2.0]))) == 2.0
-assert as_float("k", torch.tensor(float("inf"))) == float("inf")
-assert as_float("k", torch.tensor(3.0).expand(1)) == 3.0
+assert as_number("k", leaf) == 0.5 and as_number("k", leaf * 2) == 1.0
+assert as_number("k", torch.nn.Parameter(torch.tensor([2.0]))) == 2.0
+assert as_number("k", torch.tensor(float("inf"))) == float("inf")
+assert as_number("k", torch.tensor(3.0).expand(1)) == 3.0
 for bad in (torch.zeros(2), torch.zeros(0), torch.zeros(2, 2), torch.tensor(1j), torch.zeros(1, 2, requires_grad=True)):
     assert refused(bad), bad
 assert as_int(torch.tensor(7)) == 7 and as_int(torch.tensor([7])) == 7
@@ -140,17 +133,14 @@ from ddplog.worker.scalars import BadValueError, as_number
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
 mesh = init_device_mesh("cpu", (1,))
 local = torch.tensor([2.5], requires_grad=True)
-never = lambda _: False
 
 def place(placement):
     return DTensor.from_local(local, mesh, [placement], run_check=False)
 
-assert as_number("k", place(Replicate()), never) == 2.5
-held = as_number("k", place(Replicate()), lambda _: True)
-assert not isinstance(held, DTensor) and held.item() == 2.5
+assert as_number("k", place(Replicate())) == 2.5
 for placement in (Shard(0), Partial()):
     try:
-        as_number("loss", place(placement), never)
+        as_number("loss", place(placement))
     except BadValueError as exc:
         assert exc.reason == "bad_value" and "loss.full_tensor()" in str(exc) and "collective" in str(exc), exc
     else:
@@ -164,16 +154,16 @@ import sys, tempfile, warnings
 from pathlib import Path
 import torch
 from ddplog.journal.reader import JournalReader
+from worker.fake_device import on_device
 from worker.test_pending import new_run, device_of, values
 
 run = new_run(Path(tempfile.mkdtemp()) / "0.1", segment_bytes=1 << 20)
 device = device_of(run)
-device.holds = run._holds = lambda tensor: True
 counters = torch._dynamo.utils.counters
 
 def step(x, number):
     loss = (x * 2).sum()
-    run.log({"loss": loss, "half": loss.detach() / 2, "lr": 0.1}, step=number)
+    run.log({"loss": on_device(loss), "half": loss.detach() / 2, "lr": 0.1}, step=number)
     return loss + 1
 
 def train(numbers):
@@ -181,7 +171,7 @@ def train(numbers):
     x = torch.ones(4, requires_grad=True)
     for number in numbers:
         assert compiled(x, torch.tensor(number)).item() == 9.0
-        run.log({"beside": compiled(x.detach(), torch.tensor(number))}, step=number)
+        run.log({"beside": on_device(compiled(x.detach(), torch.tensor(number)))}, step=number)
         device.complete()
 
 train(range(3))  # the first call of all is traced
@@ -246,7 +236,7 @@ def test_a_dict_that_contains_itself_ends():
     assert len(found) < 100
     assert isinstance(found[-1][1], dict)  # refused as a value
     with pytest.raises(BadValueError):
-        as_float(found[-1][0], found[-1][1])
+        as_number(found[-1][0], found[-1][1])
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,8 @@ class JournalWriter:
         self._check = check
         self._lock = threading.RLock()
         self._flush_lock = threading.RLock()
-        self._is_busy = False
+        self.is_busy = False
+        """A call is under way: another thread's, or, in a signal handler, the one that it interrupted."""
         self.deferred: deque[tuple[Mapping[str, Any], int | None, float]] = deque()
         self._declared: dict[tuple[str, ...], Schema] = {}
         """Of this segment."""
@@ -157,9 +158,9 @@ class JournalWriter:
             if they were dropped and counted, since there was no room a moment ago: the slow path has said so then.
         """
         with self._lock:
-            if self._is_busy:
+            if self.is_busy:
                 return False
-            self._is_busy = True
+            self.is_busy = True
             try:
                 keys = tuple(data)
                 if keys == self._last_keys:  # saves a hash of all keys, 60 ns of ten
@@ -196,7 +197,7 @@ class JournalWriter:
                 self._settle()
                 raise
             finally:
-                self._is_busy = False
+                self.is_busy = False
         return True
 
     def _refuse(self, num_values: int) -> bool:
@@ -219,15 +220,15 @@ class JournalWriter:
     def enter(self) -> bool:
         """Take the journal for a slow call; False if this thread is inside already (a signal handler's call)."""
         self._lock.acquire()
-        if self._is_busy:
+        if self.is_busy:
             self._lock.release()
             return False
-        self._is_busy = True
+        self.is_busy = True
         return True
 
     def leave(self) -> None:
         """Give the journal back."""
-        self._is_busy = False
+        self.is_busy = False
         self._lock.release()
 
     def defer(self, data: Mapping[str, Any], step: int | None, weight: float) -> None:
@@ -521,7 +522,7 @@ class JournalWriter:
             self._lock.acquire()  # the call under way gives it back
         except RuntimeError:  # another thread's, which is not here to give it back; or nobody's
             self._lock = threading.RLock()
-            self._is_busy = False
+            self.is_busy = False
 
     @property
     def is_open(self) -> bool:

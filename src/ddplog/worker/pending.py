@@ -33,6 +33,8 @@ _MAX_KEYS_PER_RECORD: Final = 512
 """So that the record that declares them, 250 bytes a name at most, is well below the limit of a record."""
 _TOO_FAR: Final = "the device is too far behind: what is logged meanwhile is dropped"
 _LOST: Final = None
+_FLOAT: Final = frozenset({float})
+_NUMBERS: Final = (float, int)
 
 
 class _Call:
@@ -49,7 +51,7 @@ class _Call:
         self.names = names
         self.cells = cells
         self.num_values = len(names)
-        """How many are neither lost nor written."""
+        """How many are not lost."""
         self.num_bytes = 500 + 64 * len(names)
         self.time_unix_ns: int | None = None
         """None: it is written at once."""
@@ -100,14 +102,12 @@ class Pending:
     def __init__(self, journal: JournalWriter, device: Device) -> None:
         self.staging = Staging(device)
         self._journal = journal
-        self._queue: deque[_Call | _Message | _Step] = deque()
+        self.queue: deque[_Call | _Message | _Step] = deque()
+        """To be looked at only: whether there is anything."""
         self.num_values = 0
         self._num_bytes = 0
         self.said: list[tuple[str, str]] = []
         """(reason, what to warn of)."""
-
-    def __len__(self) -> int:
-        return len(self._queue)
 
     # -- what comes in
 
@@ -123,15 +123,18 @@ class Pending:
             weight: A float, or such a tensor.
             problems: Receives what the caller did wrong.
         """
+        is_known = type(step) is int and type(weight) is float and set(map(type, values)) <= _FLOAT
+        if is_known and not self.queue:
+            self._write(names, values, step, weight)
+            return
         call = _Call(names, [*values, weight, step])
-        holes = [cell for cell, number in enumerate(call.cells) if type(number) is not float]
         if not self._has_room(call.num_bytes):
             self._drop("device_backlog", len(names), _TOO_FAR)
             return
-        if len(holes) > 1 or type(step) is not int:
-            self._send(call, holes if type(step) is not int else holes[:-1], problems)
-        if not self._queue and call.flight is None:
-            self._write(call)
+        if not is_known:
+            self._send(call, [cell for cell, number in enumerate(call.cells) if type(number) not in _NUMBERS], problems)
+        if not self.queue and call.flight is None:
+            self._write_call(call)
         elif call.num_values:
             call.time_unix_ns = time.time_ns()
             self._append(call)
@@ -171,7 +174,7 @@ class Pending:
             JournalFullError: There is no room; nothing was written.
             ValueError: It is larger than MAX_RECORD_BYTES.
         """
-        if not self._queue:
+        if not self.queue:
             self._journal.append_message(message, step)
             return
         frame = encode_message(KIND_MESSAGE, 0, step, 0, message, 0)
@@ -182,22 +185,22 @@ class Pending:
 
     def put_step(self, step: int) -> None:
         """Set the ambient step now, and show it as progress once everything before it is in the journal."""
-        if not self._queue:
+        if not self.queue:
             self._journal.set_step(step)
             return
         self._journal.take_step(step)
-        if isinstance(self._queue[-1], _Step):
-            self._queue.pop()  # so that they are never more than what else waits
-        self._queue.append(_Step(step))
+        if isinstance(self.queue[-1], _Step):
+            self.queue.pop()  # so that they are never more than what else waits
+        self.queue.append(_Step(step))
 
     def _has_room(self, num_bytes: int) -> bool:
-        queue = self._queue
+        queue = self.queue
         return not queue or (len(queue) < MAX_CALLS and self._num_bytes + num_bytes <= MAX_BYTES)
 
     def _append(self, waiting: _Call | _Message) -> None:
-        if not self._queue:
+        if not self.queue:
             self._journal.hold()
-        self._queue.append(waiting)
+        self.queue.append(waiting)
         self._num_bytes += waiting.num_bytes
         self._count(waiting.num_values)
 
@@ -209,11 +212,11 @@ class Pending:
 
     def sweep(self) -> None:
         """Put into the journal what has arrived, and what waited behind it. Asks the device, and does not wait."""
-        if not self._queue or self.is_capturing():  # asking an event would spoil the capture
+        if not self.queue or self.is_capturing():  # asking an event would spoil the capture
             return
-        while self._queue and self._journal.is_open and self._is_ready(self._queue[0]):
+        while self.queue and self._journal.is_open and self._is_ready(self.queue[0]):
             self._pop()
-        if not self._queue:
+        if not self.queue:
             self._journal.release()
 
     def is_capturing(self) -> bool:
@@ -243,20 +246,20 @@ class Pending:
 
     def give_up(self, why: str) -> None:
         """Wait for nothing any more: count what has not arrived, and put the rest into the journal."""
-        for waiting in self._queue:
+        for waiting in self.queue:
             if isinstance(waiting, _Call) and not self._is_ready(waiting):
                 self._abandon(waiting, "device_pending", why)
-        while self._queue:
+        while self.queue:
             self._pop()
         self._journal.release()
 
     def _pop(self) -> None:
-        first = self._queue.popleft()
+        first = self.queue.popleft()
         num_values = first.num_values
         try:
             if isinstance(first, _Call):
                 self._land(first)
-                self._write(first)
+                self._write_call(first)
             elif isinstance(first, _Message):
                 self._write_message(first)
             else:
@@ -292,22 +295,27 @@ class Pending:
         self._drop("bad_weight", 1, f"weight={weight!r} must be a finite number, 0 or more; 1 is taken")
         return 1.0
 
-    def _write(self, call: _Call) -> None:
+    def _write_call(self, call: _Call) -> None:
         names, values = call.names, call.cells[: len(call.names)]
         if call.num_values < len(names):
             kept = [index for index, value in enumerate(values) if value is not _LOST]
-            names, values = tuple(names[index] for index in kept), [values[index] for index in kept]
+            names, values = [names[index] for index in kept], [values[index] for index in kept]
         weight, step = call.cells[-2:]
+        self._write(names, values, step, weight, call.time_unix_ns)
+
+    def _write(
+        self, names: Sequence[str], values: list[float], step: int, weight: float, time_unix_ns: int | None = None
+    ) -> None:
+        num_left = len(names)
         try:
             for start in range(0, len(names), _MAX_KEYS_PER_RECORD):
-                part = tuple(names[start : start + _MAX_KEYS_PER_RECORD])
-                numbers = values[start : start + _MAX_KEYS_PER_RECORD]
-                self._journal.append_scalars(part, numbers, step, weight, call.time_unix_ns)
-                call.num_values -= len(part)
+                part = slice(start, start + _MAX_KEYS_PER_RECORD)
+                self._journal.append_scalars(tuple(names[part]), values[part], step, weight, time_unix_ns)
+                num_left -= _MAX_KEYS_PER_RECORD
         except JournalFullError as exc:
-            self._drop(exc.reason, call.num_values, "the journal's disk is full: values are dropped")
+            self._drop(exc.reason, num_left, "the journal's disk is full: values are dropped")
         except Exception as exc:  # noqa: BLE001 - the edge of the public API: training goes on
-            self._drop("io_error", call.num_values, f"log() failed: {exc!r}")
+            self._drop("io_error", num_left, f"log() failed: {exc!r}")
 
     def _write_message(self, waiting: _Message) -> None:
         try:
@@ -327,4 +335,4 @@ class Pending:
         self.said.append((reason, why))
 
     def __repr__(self) -> str:
-        return f"<Pending {len(self._queue)} calls, {self.num_values} values, {self.staging!r}>"
+        return f"<Pending {len(self.queue)} calls, {self.num_values} values, {self.staging!r}>"

@@ -75,7 +75,6 @@ class Run:
         self._pending = Pending(journal, device or Cuda())
         self._is_exempt = False
         self._fast = journal.log_floats
-        self._holds = self._pending.staging.device.holds
         self._deferred = journal.deferred
         self._job = job
         self._identity = identity
@@ -142,14 +141,16 @@ class Run:
         self._is_exempt = self._is_exempt or exempt_from_tracing()
         problems: list[BadValueError] = []
         try:
-            self._pending.sweep()
+            if self._pending.queue:
+                self._pending.sweep()
             self._append(data, step, weight, problems)
         except Exception as exc:  # noqa: BLE001 - the edge of the public API: training goes on
             journal.drop("io_error", _size(data))
             self._warn("io_error", f"log() failed: {exc!r}")
         finally:
             journal.leave()
-        self._say()
+        if self._pending.said:
+            self._say()
         for problem in problems:
             journal.drop(problem.reason, problem.num_values)
             self._warn(problem.reason, str(problem))
@@ -189,9 +190,8 @@ class Run:
         """
         if not self._keys.issuperset(data):
             return None
-        holds = self._holds
         try:
-            return {key: value if type(value) is float else as_number(key, value, holds) for key, value in data.items()}
+            return {key: value if type(value) is float else as_number(key, value) for key, value in data.items()}
         except Exception:  # noqa: BLE001 - float() of a user's object may raise anything
             return None
 
@@ -201,7 +201,7 @@ class Run:
                 problems.append(problem)
                 continue
             try:
-                number = as_number(key, value, self._holds)
+                number = as_number(key, value)
                 self._admit_key(key)
             except BadValueError as exc:
                 problems.append(exc)
@@ -210,9 +210,10 @@ class Run:
             else:
                 yield key, number
 
-    def _weight(self, weight: Any, problems: list[BadValueError]) -> Any:
+    @staticmethod
+    def _weight(weight: Any, problems: list[BadValueError]) -> Any:
         try:
-            factor = as_number("weight", weight, self._holds)
+            factor = as_number("weight", weight)
         except BadValueError:
             factor = -1.0
         if type(factor) is not float or 0 <= factor < float("inf"):
@@ -231,7 +232,7 @@ class Run:
     def _step(self, names: tuple[str, ...], step: Any, problems: list[BadValueError]) -> Any:
         if step is not None:
             try:
-                number = as_number("step", step, self._holds) if is_remote(step, self._holds) else as_int(step)
+                number = as_number("step", step) if is_remote(step) else as_int(step)
             except BadValueError:
                 number = None
             if number is None:
@@ -324,7 +325,7 @@ class Run:
         Raises:
             UsageError: Under strict=True only, if it is not a whole number.
         """
-        is_elsewhere = is_remote(step, self._holds)
+        is_elsewhere = is_remote(step)
         number = None if is_elsewhere else as_int(step)
         if number is None:
             why = f"set_step({shown(step)}): must be a whole number of 64 bits"
@@ -336,9 +337,13 @@ class Run:
             if self._strict:
                 raise UsageError(why)
         elif self._journal.is_open:
-            self._put_step(number)
+            if self._pending.queue or self._journal.is_busy:
+                self._put_step(number)
+            else:
+                self._journal.set_step(number)
 
     def _put_step(self, step: int) -> None:
+        """Set the step while something else is under way."""
         journal = self._journal
         if not journal.enter():  # a signal handler's: its progress must not overtake the call that it interrupted
             journal.take_step(step)
@@ -437,7 +442,7 @@ class Run:
     def _wait_landed(self, deadline_s: float) -> bool:
         """Wait until nothing is on a device; False if something still is. The journal is left in between."""
         journal = self._journal
-        while self._pending and journal.is_open:
+        while self._pending.queue and journal.is_open:
             if not journal.enter():
                 return False  # a signal handler's: the call it interrupted cannot go on
             try:
@@ -446,10 +451,10 @@ class Run:
             finally:
                 journal.leave()
             self._say()
-            if not self._pending or not may_wait or time.monotonic() >= deadline_s:
+            if not self._pending.queue or not may_wait or time.monotonic() >= deadline_s:
                 break
             time.sleep(_POLL_S)
-        return not self._pending
+        return not self._pending.queue
 
     def _end_here(self, status: str, detail: str, deadline_s: float, *, is_at_exit: bool = False) -> bool:
         """Write the last record, and close the journal. False if that was done, is put aside, or is not ours to do.

@@ -7,7 +7,7 @@ torch and numpy are never imported here: a value of theirs can only exist if the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -70,15 +70,10 @@ def _check_key(key: str) -> BadValueError | None:
     return None
 
 
-def as_number(key: str, value: Any, is_on_device: Callable[[Any], bool]) -> Any:
+def as_number(key: str, value: Any) -> Any:
     """Return a number as a float, or as a plain tensor of one element if it is on a device, which is not waited for.
 
-    Ints beyond 2**53 are rounded.
-
-    Args:
-        key: For messages.
-        value: Of any library.
-        is_on_device: Whether a tensor counts as one on a device, although it says that it is the CPU's.
+    Ints beyond 2**53 are rounded. The key is for messages.
 
     Raises:
         BadValueError: If it is not one number, or has none on this rank.
@@ -90,8 +85,11 @@ def as_number(key: str, value: Any, is_on_device: Callable[[Any], bool]) -> Any:
             raise BadValueError("bad_value", f"{key}: {str(value)[:20]}... is too large for a float") from None
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if torch is not None and isinstance(value, torch.Tensor):
-        tensor = _single(key, value)
-        if tensor.is_cpu and not is_on_device(tensor):
+        if value.numel() != 1 or value.is_complex():
+            what = f"shape {tuple(value.shape)}" if value.numel() != 1 else f"type {value.dtype}"
+            raise BadValueError("bad_value", f"{key}: a tensor of {what}; log() takes single real numbers")
+        tensor = value if type(value) is torch.Tensor else _unwrap(key, value)
+        if tensor.is_cpu:
             return float(tensor.item())  # a third of the time of float(tensor.detach()), whatever requires_grad
         if tensor.is_meta:
             raise BadValueError("bad_value", f"{key}: a tensor on the meta device has no value")
@@ -104,12 +102,12 @@ def as_number(key: str, value: Any, is_on_device: Callable[[Any], bool]) -> Any:
     raise BadValueError("bad_value", f"{key}: {_article(value)}; log() takes numbers (log_text() takes text)")
 
 
-def is_remote(value: Any, is_on_device: Callable[[Any], bool]) -> bool:
+def is_remote(value: Any) -> bool:
     """Whether a value is a tensor whose number, and so its repr, would have to be waited for."""
     if type(value) is int:
         return False
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor) and (not value.is_cpu or is_on_device(value))
+    return torch is not None and isinstance(value, torch.Tensor) and not value.is_cpu
 
 
 def shown(value: Any) -> str:
@@ -120,16 +118,8 @@ def shown(value: Any) -> str:
     return repr(value)
 
 
-def _single(key: str, value: Any) -> Any:
-    """Return a tensor of one real number, with what wraps it taken off."""
-    if value.numel() != 1 or value.is_complex():
-        what = f"shape {tuple(value.shape)}" if value.numel() != 1 else f"type {value.dtype}"
-        raise BadValueError("bad_value", f"{key}: a tensor of {what}; log() takes single real numbers")
-    torch = sys.modules["torch"]
-    return value if type(value) in (torch.Tensor, torch.nn.Parameter) else _unwrap(key, value)
-
-
 def _unwrap(key: str, value: Any) -> Any:
+    """Return the plain tensor in what is derived from one."""
     if isinstance(value, _classes("DTensor", "torch.distributed.tensor", "torch.distributed._tensor")):
         if not all(placement.is_replicate() for placement in value.placements):
             how = ", ".join(map(str, value.placements))
