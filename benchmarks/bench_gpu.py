@@ -239,7 +239,7 @@ def read_nvml() -> dict[str, Any]:
     found: dict[str, Any] = {"ddplog": {}, "nvidia-smi": {}, "missing": []}
     try:
         nvml = importlib.import_module("ddplog.sampling.nvml").Nvml(lambda: None)
-    except Exception as exc:  # it may not be there, and neither may the driver's library
+    except Exception as exc:  # noqa: BLE001 - it may not be there, and neither may the driver's library
         found["missing"].append(f"ddplog.sampling: {exc!r}")
     else:
         for gpu in nvml.gpus:

@@ -57,7 +57,8 @@ class Settings:
 
     exit_wait_s: float = 5.0
     """How long a normal exit waits until the store holds the last record, seconds. The record is in the
-    journal in any case; the wait covers cgroups that kill the helpers with the job."""
+    journal in any case; the wait covers cgroups that kill the helpers with the job. Before it, as long at most (and 1 s
+    at least), values on their way from a GPU are waited for."""
 
     segment_bytes: int = 4 * 1024 * 1024
     """Size of one journal segment. 4 MiB: 20 s of 100 metrics at 200 steps/s, and 32 MiB for 8 ranks."""

@@ -110,11 +110,13 @@ class Flight:
             self._events.pop()
         return True
 
-    def numbers(self) -> dict[int, float | int]:
-        """Return the number of each tensor by its index; only once they have landed."""
-        return {
-            index: number for indices, slot in self._parts for index, number in zip(indices, slot.tolist(), strict=True)
-        }
+    def numbers(self) -> list[float | int]:
+        """Return the number of each tensor; only once they have landed."""
+        if len(self._parts) == 1:
+            found: list[float | int] = self._parts[0][1].tolist()
+            return found
+        placed = {i: number for indices, slot in self._parts for i, number in zip(indices, slot.tolist(), strict=True)}
+        return [placed[index] for index in range(len(placed))]
 
 
 class Staging:
@@ -134,12 +136,16 @@ class Staging:
             StagingError: None of them is.
         """
         torch = sys.modules["torch"]
-        groups: dict[tuple[Any, Any], list[int]] = {}
+        groups: dict[tuple[Any, int], list[int]] = {}
         for index, tensor in enumerate(tensors):
-            groups.setdefault((tensor.dtype, tensor.device), []).append(index)
+            kind = tensor.dtype, tensor.get_device()
+            if kind in groups:
+                groups[kind].append(index)
+            else:
+                groups[kind] = [index]
         try:
             with torch.no_grad():  # cheaper than a detach() of each
-                stacks = [torch.stack([_scalar(tensors[index]) for index in indices]) for indices in groups.values()]
+                stacks = [_stack(torch, [tensors[index] for index in indices]) for indices in groups.values()]
                 slots, num_bytes = self._take(torch, stacks)
                 for slot, stacked in zip(slots, stacks, strict=True):
                     self.device.copy(slot, stacked)
@@ -184,5 +190,5 @@ class Staging:
         return f"<Staging {self._used} of {self._ring_bytes} bytes>"
 
 
-def _scalar(tensor: Any) -> Any:
-    return tensor if tensor.ndim == 0 else tensor.reshape(())
+def _stack(torch: Any, tensors: list[Any]) -> Any:
+    return torch.stack([tensor if tensor.ndim == 0 else tensor.reshape(()) for tensor in tensors])

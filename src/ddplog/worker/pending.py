@@ -143,7 +143,7 @@ class Pending:
         holds = self.staging.device.holds
         remote = [cell for cell in holes if holds(call.cells[cell])]
         if len(remote) < len(holes):
-            self._fetch(call, [cell for cell in holes if cell not in remote])
+            self._fetch(call, sorted(set(holes) - set(remote)))
         if not remote:
             return
         if self.is_capturing():
@@ -161,10 +161,9 @@ class Pending:
     def _fetch(self, call: _Call, cells: Sequence[int]) -> None:
         """Get numbers from a kind of device that is not known to send them, by waiting for it."""
         tensors = [call.cells[cell] for cell in cells]
-        self.said.append(
-            ("slow_device", f"log() waits for values on {tensors[0].device}, which it cannot copy otherwise")
-        )
-        self._fill(call, [(cell, tensor.item()) for cell, tensor in zip(cells, tensors, strict=True)])
+        where = tensors[0].device
+        self.said.append(("slow_device", f"log() waits for values on {where}, which it cannot copy otherwise"))
+        self._fill(call, cells, [tensor.item() for tensor in tensors])
 
     def put_message(self, message: Mapping[str, Any], step: int) -> None:
         """Take a message: write it, or let it wait.
@@ -274,17 +273,18 @@ class Pending:
     def _land(self, call: _Call) -> None:
         flight, call.flight = call.flight, None
         if flight is not None:
-            self._fill(call, [(call.holes[index], number) for index, number in flight.numbers().items()])
+            self._fill(call, call.holes, flight.numbers())
             self.staging.give_back(flight)
 
-    def _fill(self, call: _Call, numbers: Sequence[tuple[int, float | int]]) -> None:
-        for cell, number in numbers:
-            if cell < len(call.names):
-                call.cells[cell] = float(number)
+    def _fill(self, call: _Call, holes: Sequence[int], numbers: Iterable[float | int]) -> None:
+        cells, num_names = call.cells, len(call.names)
+        for cell, number in zip(holes, numbers, strict=True):
+            if cell < num_names:
+                cells[cell] = float(number)
             elif cell < call.step_cell:
-                call.cells[cell] = self._check_weight(float(number))
+                cells[cell] = self._check_weight(float(number))
             else:
-                step = call.cells[cell] = as_int(number)
+                step = cells[cell] = as_int(number)
                 if step is None:
                     why = f"step={number!r} must be a whole number of 64 bits"
                     self._drop("bad_step", call.lose([cell]), why)

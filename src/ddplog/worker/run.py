@@ -132,13 +132,13 @@ class Run:
 
     def _log_slowly(self, data: Mapping[str, Any], step: int | None, weight: float) -> None:
         journal = self._journal
+        self._is_exempt = self._is_exempt or exempt_from_tracing()
         if not journal.is_open:
             self._refuse_closed(_size(data))
             return
         if not journal.enter():
             journal.defer(data, step, weight)
             return
-        self._is_exempt = self._is_exempt or exempt_from_tracing()
         problems: list[BadValueError] = []
         try:
             if self._pending.queue:
@@ -177,9 +177,9 @@ class Run:
 
     def _say(self) -> None:
         """Warn of what went wrong inside, now that the journal has been left: a warning may run the user's code."""
-        said = self._pending.said
-        while said:
-            self._warn(*said.pop(0))
+        said, self._pending.said = self._pending.said, []
+        for reason, why in said:
+            self._warn(reason, why)
 
     def _known_numbers(self, data: Mapping[str, Any]) -> dict[str, Any] | None:
         """Take a flat dict of names that were all taken before, of which only the values have to be looked at.

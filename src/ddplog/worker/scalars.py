@@ -83,7 +83,7 @@ def as_number(key: str, value: Any) -> Any:
             return float(value)
         except OverflowError:
             raise BadValueError("bad_value", f"{key}: {str(value)[:20]}... is too large for a float") from None
-    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
+    torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex():
             what = f"shape {tuple(value.shape)}" if value.numel() != 1 else f"type {value.dtype}"
@@ -94,6 +94,7 @@ def as_number(key: str, value: Any) -> Any:
         if tensor.is_meta:
             raise BadValueError("bad_value", f"{key}: a tensor on the meta device has no value")
         return tensor
+    numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)):
         if value.size == 1 and value.dtype.kind in "biuf":
             return float(value.reshape(()))
@@ -120,23 +121,23 @@ def shown(value: Any) -> str:
 
 def _unwrap(key: str, value: Any) -> Any:
     """Return the plain tensor in what is derived from one."""
-    if isinstance(value, _classes("DTensor", "torch.distributed.tensor", "torch.distributed._tensor")):
-        if not all(placement.is_replicate() for placement in value.placements):
-            how = ", ".join(map(str, value.placements))
-            why = (
-                f"{key}: a DTensor placed {how}: no rank has its value. Log {key}.full_tensor(), which is a collective"
-            )
-            raise BadValueError("bad_value", f"{why}: every rank of its mesh has to call it")
-        return value.to_local()
-    if isinstance(value, _classes("FakeTensor", "torch._subclasses.fake_tensor")):
+    for name in ("torch.distributed.tensor", "torch.distributed._tensor"):  # the latter before torch 2.5
+        dtensor = getattr(sys.modules.get(name), "DTensor", None)
+        if dtensor is not None and isinstance(value, dtensor):
+            return _local(key, value)
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    if fake is not None and isinstance(value, fake.FakeTensor):
         raise BadValueError("bad_value", f"{key}: a FakeTensor has no value (is something being traced?)")
     return value
 
 
-def _classes(name: str, *modules: str) -> tuple[Any, ...]:
-    """Return the class of that name of each of the modules that are loaded: of others there is no value."""
-    found = (getattr(sys.modules.get(module), name, None) for module in modules)
-    return tuple(kind for kind in found if kind is not None)
+def _local(key: str, value: Any) -> Any:
+    """Return the local tensor of a DTensor that is the same on every rank of its mesh."""
+    if not all(placement.is_replicate() for placement in value.placements):
+        how = ", ".join(map(str, value.placements))
+        why = f"{key}: a DTensor placed {how}: no rank has its value. Log {key}.full_tensor(), which is a collective"
+        raise BadValueError("bad_value", f"{why}: every rank of its mesh has to call it")
+    return value.to_local()
 
 
 def exempt_from_tracing() -> bool:
@@ -147,7 +148,7 @@ def exempt_from_tracing() -> bool:
     """
     if "torch._dynamo" not in sys.modules:
         return False
-    with suppress(AttributeError):  # not a public interface: without it, it is slower at first
+    with suppress(Exception):  # not a public interface: without it, it is slower at first
         sys.modules["torch._dynamo"].trace_rules.add("ddplog")
     return True
 
