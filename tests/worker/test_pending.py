@@ -527,7 +527,8 @@ def test_a_full_disk_is_counted_when_the_value_arrives(make_run):
 # -- the end
 
 
-def test_flush_waits_for_what_arrives(run):
+def test_flush_waits_for_what_arrives(make_run):
+    run = make_run(exit_wait_s=60.0)
     run.log({"x": on_device(1.0)}, step=0)
     helper = threading.Timer(0.05, device_of(run).complete)
     helper.start()
