@@ -197,10 +197,10 @@ def tables(folder):
 
 def test_reasons_of_drops_keep_their_places():
     """The head page has their counts by place."""
-    assert segment.DROP_REASONS[:16] == (
+    assert segment.DROP_REASONS[:17] == (
         "bad_value", "bad_key", "bad_step", "bad_weight", "key_limit", "record_too_large", "disk_full", "spool_full",
         "after_finish", "forked_child", "reentrant_overflow", "io_error", "device_backlog", "device_error",
-        "device_pending", "graph_capture",
+        "device_pending", "graph_capture", "unsupported",
     )  # fmt: skip
     assert segment.DROPS_OFFSET + 8 * len(segment.DROP_REASONS) <= segment.PENDING_OFFSET < segment.JSON_OFFSET
 

@@ -79,11 +79,11 @@ DROP_REASONS: Final = (
     "forked_child",
     "reentrant_overflow",
     "io_error",
-    "unsupported",
     "device_backlog",
     "device_error",
     "device_pending",
     "graph_capture",
+    "unsupported",
 )
 """Why a value or record was not taken. Their order is part of the format: only append."""
 
