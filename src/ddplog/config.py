@@ -83,6 +83,9 @@ class Settings:
     """Number of the signal that makes a rank write its Python stacks; 0: none. 50 is SIGRTMIN + 16, which nothing we
     know of uses; where a process uses it after all, it is left alone."""
 
+    sample_s: float = 5.0
+    """Seconds between two samples of the GPUs, the host and the ranks' processes, at least 1; 0: none."""
+
     late_s: float = 5.0
     """How long a value below the watermark waits for the other ranks' before its point is emitted."""
 
@@ -117,6 +120,8 @@ class Settings:
         _check_range("max_keys", self.max_keys, 1, 1_000_000)
         _check_range("rank_log_bytes", self.rank_log_bytes, 1024 * 1024, 1024**5)
         _check_range("port", self.port, 0, 65535)
+        if self.sample_s:
+            _check_range("sample_s", self.sample_s, 1, 3600)
         if self.stack_signal and not 34 <= self.stack_signal <= 64:
             raise ConfigError("stack_signal", self.stack_signal, "0 (none), or a real-time signal: 34 to 64")
         for sink in self.sinks:

@@ -45,7 +45,13 @@ def job(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
-            env={**clean, "DDPLOG_SPOOL": str(tmp_path / "s"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            env={
+                **clean,
+                "DDPLOG_SPOOL": str(tmp_path / "s"),
+                "DDPLOG_SAMPLE_S": "0",
+                "OMP_NUM_THREADS": "1",
+                "COLUMNS": "200",
+            },
         )
 
     return start

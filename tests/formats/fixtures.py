@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest.mock import patch
 from uuid import UUID
 
-from store.store_jobs import TIME_NS, Feed, Rank
+from store.store_jobs import TIME_NS, Feed, Rank, Sampler
 
 import ddplog.journal.writer as writer_module
 import ddplog.store.run_store as run_store_module
@@ -105,9 +105,10 @@ def make_run_store(folder: Path) -> None:
     b.say(type="text", key="note", text="hällo\x00 \U0001f600", step=1)
     b.say(type="alert", title="hot", text="95", level="error")
     a.say(type="finish", status="finished", detail="")
-    feed = Feed(a, b)
+    samples = Sampler(a).log(5, **{"sys/gpu/util_pct": 50.0})
+    feed = Feed(a, b, samples)
     feed.pipeline.progress(b.incarnation, 2, 0, {"bad_value": 3}, 77, 0)
-    feed.end(a, b)
+    feed.end(a, b, samples)
     feed.pipeline.node("0", True, 0)
     with patch.object(run_store_module, "uuid4", lambda: UUID(int=7)):
         store = RunStore(folder, run)
@@ -139,11 +140,14 @@ def messages() -> dict[str, bytes]:
         incarnation=INCARNATION, rank=1, world_size=2, local_rank=1, node_rank=0, pid=4711, host="node-1", boot_id="b",
         started_unix_ns=TIME_NS, is_alive=True, oldest_seq=3,
     )  # fmt: skip
+    sampler = pb.Writer()
+    sampler.CopyFrom(writer)
+    sampler.incarnation, sampler.role, sampler.belongs_to = bytes(range(16, 32)), pb.Writer.SYSTEM, INCARNATION
     progress = codec.make_progress(INCARNATION, -3, 17, {"bad_value": 2}, 4096)
     cursors = [(INCARNATION, 17, 1), (bytes(16), 0, 0)]
     return {
-        "hello": codec.encode_hello("r1", "0", [writer]),
-        "welcome": codec.encode_welcome(bytes(range(16)), cursors),
+        "hello": codec.encode_hello("r1", "0", [writer, sampler]),
+        "welcome": codec.encode_welcome(bytes(range(16)), cursors, created_unix_ns=TIME_NS),
         "batch": codec.encode_batch(INCARNATION, 17, 2, bytes(range(112)), 0xDEADBEEF),
         "loss": codec.encode_loss(INCARNATION, 17, 20),
         "ack": codec.encode_ack(cursors),

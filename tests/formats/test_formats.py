@@ -1,7 +1,8 @@
 """Files and messages of every released format are read for ever; those of a newer one are refused by name.
 
 data/<what>-<version>/ was written by the release that wrote that version, and is never written again (fixtures.py adds
-new ones). Format 1 of everything is the first that was released: there is no earlier one to read.
+new ones). Format 1 of everything is the first that was released: there is no earlier one to read. Format 2 of the store
+and version 2 of the wire know system writers.
 """
 
 import json
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from formats.fixtures import DATA, IDENTITY, INCARNATION, JOB, MAKERS, NAMES, messages
 from forward.test_process import FakeHost
-from store.store_jobs import TIME_NS
+from store.store_jobs import TIME_NS, Feed, Rank, Sampler
 
 from ddplog.agent.shipper import Shipper
 from ddplog.aggregator.process import Aggregator
@@ -120,11 +121,37 @@ def test_a_run_of_every_version_is_read_and_continued(of, version):
         assert {(drop.reason, drop.count) for drop in run.drops()} == {("bad_value", 3)}
         assert {event.kind for event in run.events()} >= {"alert", "death", "define", "nonfinite"}
         assert [(writer.rank, writer.state) for writer in run.writers()] == [(0, "finished"), (1, "died")]
+        assert len(run.writers("system")) == version - 1
     store = RunStore(folder, {})
     restored = store.restore()
-    assert [(w.info.rank, w.next_seq, w.num_values) for w in restored.writers] == [(0, 7, 8), (1, 6, 8)]
-    assert len(list(store.entries())) == 2
+    ranks = [writer for writer in restored.writers if not writer.is_system]
+    assert [(w.info.rank, w.next_seq, w.num_values) for w in ranks] == [(0, 7, 8), (1, 6, 8)]
+    assert len(list(store.entries())) == len(restored.writers) == version + 1
     store.close()
+
+
+@pytest.mark.parametrize("version", versions("run_store"))
+def test_a_store_of_every_version_becomes_one_of_the_newest_and_can_be_written_on(of, version):
+    folder = of(f"run_store-{version}")
+    a, b = Rank(0, 2, life=1), Rank(1, 2, life=1)
+    RunStore(folder, {}).close()
+    store = RunStore(folder, {})  # migrated once
+    feed = Feed(a, b, samples := Sampler(b), restored=store.restore())
+    a.log(3, loss=1.0)
+    feed.send(a.log(3, loss=1.0), b.log(3, loss=2.0), samples.log(5, **{"sys/host/cpu_pct": 1.0}))
+    feed.end(a, b, samples)
+    store.commit(feed.effects(20_000), lambda positions: None, TIME_NS)
+    store.close()
+
+    with open_run(folder) as run:
+        assert run.metric("loss").step.tolist() == [0, 1, 2, 3]
+        assert run.metric("sys/host/cpu_pct").value.tolist() == [1.0]
+        assert len(run.writers("system")) == version
+        assert len(run.writers()) == 4
+    with closing(sqlite3.connect(folder / "run.db")) as db:
+        assert db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone() == ("2",)
+        columns = [row[1] for row in db.execute("PRAGMA table_info(writers)")]
+    assert columns[-1] == "role"
 
 
 @pytest.mark.parametrize("version", versions("wire"))
@@ -135,7 +162,14 @@ def test_a_message_of_every_version_is_understood(version, kind):
     if not path.exists():
         pytest.skip(f"version {version} has no {kind}")
 
-    assert codec.decode(path.read_bytes()) == codec.decode(messages()[kind])
+    expected = codec.decode(messages()[kind])
+    if version == 1 and kind == "hello":
+        expected.protocol_version = 1
+        del expected.writers[1:]
+    elif version == 1 and kind == "welcome":
+        expected.protocol_version = 1
+        expected.created_unix_ns = 0
+    assert codec.decode(path.read_bytes()) == expected
 
 
 @pytest.mark.parametrize("version", versions("cursor"))
@@ -250,20 +284,20 @@ def test_a_newer_rank_log_is_refused_named_and_left_alone(of):
 
 
 def test_a_newer_run_store_is_refused_named_and_left_alone(of, capsys):
-    folder = of("run_store-1")
+    folder = of("run_store-2")
     path = folder / "run.db"
     with closing(sqlite3.connect(path)) as db:
-        db.execute("UPDATE meta SET value = '2' WHERE key = 'format'")
+        db.execute("UPDATE meta SET value = '3' WHERE key = 'format'")
         db.commit()
     before = path.read_bytes()
     with pytest.raises(ConfigError) as caught:
         RunStore(folder, {})
-    assert f"{path}: format 2; this ddplog reads and writes 1" in str(caught.value)
-    with pytest.raises(RunNotFoundError, match="format 2, this ddplog reads 1") as unread:
+    assert f"{path}: format 3; this ddplog reads and writes 2" in str(caught.value)
+    with pytest.raises(RunNotFoundError, match="format 3, this ddplog reads 2") as unread:
         open_run(folder)
     assert str(folder) in str(unread.value)
     assert forward(folder, "jsonl", FakeHost(), once=True) == EXIT_UNUSABLE
-    assert f"{path}: format 2; this ddplog reads 1" in capsys.readouterr().err
+    assert f"{path}: format 3; this ddplog reads 2" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert sorted(p.name for p in folder.iterdir()) == ["ranks", "run.db", "sinks", "writer.lock"]
 
@@ -307,20 +341,22 @@ def aggregator_that_hears(hello):
     return aggregator
 
 
-@pytest.mark.parametrize(("oldest", "newest"), [(1, 1), (0, 1), (1, 2), (1, 99)])
-def test_an_agent_that_speaks_our_version_among_others_is_welcome(oldest, newest):
+@pytest.mark.parametrize(
+    ("oldest", "newest", "spoken"), [(1, 1, 1), (0, 1, 1), (1, 2, 2), (0, 2, 2), (2, 3, 2), (1, 99, 2)]
+)
+def test_an_agent_that_speaks_a_version_of_ours_is_welcome_and_told_the_newest_of_both(oldest, newest, spoken):
     """Reliability case 27: HELLO negotiates. 0: it says nothing of older versions."""
     aggregator = aggregator_that_hears(
         pb.Hello(protocol_version=newest, oldest_version=oldest, run_id="r1", node_id="0")
     )
 
     assert aggregator.router.sent == []
-    assert aggregator._due_welcome == {b"id": ["welcome"]}
-    assert codec.decode(codec.encode_welcome(bytes(16), [])).protocol_version == 1
+    assert aggregator._due_welcome == {b"id": (spoken, ["welcome"])}
+    assert codec.decode(codec.encode_welcome(bytes(16), [], spoken)).protocol_version == spoken
 
 
 @pytest.mark.parametrize(
-    ("oldest", "newest", "theirs"), [(2, 2, "2"), (2, 3, "2 to 3"), (0, 2, "2"), (0, 0, "0"), (7, 5, "7 to 5")]
+    ("oldest", "newest", "theirs"), [(3, 3, "3"), (3, 4, "3 to 4"), (0, 3, "3"), (0, 0, "0"), (7, 5, "7 to 5")]
 )
 def test_an_agent_of_another_version_is_told_so(oldest, newest, theirs, caplog):
     """Reliability case 27: not a dropped message that it sends again for ever, nor a misunderstanding."""
@@ -330,16 +366,16 @@ def test_an_agent_of_another_version_is_told_so(oldest, newest, theirs, caplog):
 
     ((routing_id, reject),) = aggregator.router.sent
     assert (routing_id, reject.reason) == (b"id", pb.Reject.VERSION)
-    assert reject.message == f"you have protocol version {theirs}; this ddplog speaks 1"
-    assert f"cannot talk to node 0: it has protocol version {theirs}; this ddplog speaks 1" in caplog.text
+    assert reject.message == f"you have protocol version {theirs}; this ddplog speaks 1 to 2"
+    assert f"cannot talk to node 0: it has protocol version {theirs}; this ddplog speaks 1 to 2" in caplog.text
     assert aggregator._due_welcome == {}
     assert not aggregator._is_heard
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [0, 3])
 def test_an_aggregator_of_another_version_is_not_believed(version):
     welcome = pb.Welcome(protocol_version=version, store_uuid=bytes(16))
-    with pytest.raises(RemoteProtocolError, match=f"protocol version {version}; this ddplog speaks 1"):
+    with pytest.raises(RemoteProtocolError, match=f"protocol version {version}; this ddplog speaks 1 to 2"):
         codec.decode(pb.Envelope(welcome=welcome).SerializeToString())
 
 

@@ -1,7 +1,9 @@
 """Ranks whose records go through a real pipeline, for tests of what the store makes of its effects."""
 
+from dataclasses import replace
+
 from ddplog.core.attempt import Options
-from ddplog.core.effects import WriterInfo
+from ddplog.core.effects import SYSTEM, WriterInfo
 from ddplog.core.pipeline import Pipeline
 from ddplog.core.records import KIND_MESSAGE, KIND_SCHEMA, NO_STEP, encode_message, encode_scalars
 
@@ -39,6 +41,19 @@ class Rank:
     def say(self, step=NO_STEP, **message):
         self.records.append(encode_message(KIND_MESSAGE, len(self.records), step, TIME_NS, message, 0))
         return self
+
+
+class Sampler(Rank):
+    """What a sampler wrote about a rank."""
+
+    def __init__(self, rank):
+        super().__init__(rank.rank, rank.world)
+        self.incarnation = bytes([200, rank.rank, rank.life]) + bytes(13)
+        self.of = rank
+
+    @property
+    def info(self):
+        return replace(super().info, role=SYSTEM, belongs_to=self.of.incarnation, pid=99)
 
 
 class Feed:

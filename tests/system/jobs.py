@@ -60,6 +60,7 @@ class Job:
             "DDPLOG_SPOOL": str(self.spool),
             "DDPLOG_DIR": str(self.runs),
             "DDPLOG_RUN_ID": "r1",
+            "DDPLOG_SAMPLE_S": "0",  # what is counted here is what ranks log; tests/sampling has its own
         }
 
     # -- starting

@@ -170,6 +170,9 @@ REFUSED = {
     "batch, payload too large": raw(batch=batch(payload=bytes(MAX_PAYLOAD_BYTES + 1))),
     "batch, wrong checksum": raw(batch=batch(crc32=1)),
     "batch, seq beyond the store's": raw(batch=batch(first_seq=TOO_BIG - 1)),
+    "hello, a role": raw(hello=pb.Hello(writers=[writer(role=7)])),
+    "hello, a rank that belongs to another": raw(hello=pb.Hello(writers=[writer(belongs_to=INCARNATION)])),
+    "hello, a sampler of nobody": raw(hello=pb.Hello(writers=[writer(role=pb.Writer.SYSTEM)])),
     "hello, too many writers": raw(hello=pb.Hello(writers=[writer()] * (MAX_WRITERS + 1))),
     "hello, incarnation": raw(hello=pb.Hello(writers=[writer(incarnation=b"")])),
     "hello, rank beyond the world": raw(hello=pb.Hello(writers=[writer(rank=2)])),
@@ -183,11 +186,13 @@ REFUSED = {
     "hello, start": raw(hello=pb.Hello(writers=[writer(started_unix_ns=TOO_BIG)])),
     "welcome, store": raw(welcome=pb.Welcome(store_uuid=b"x")),
     "welcome, cursors": raw(
-        welcome=pb.Welcome(store_uuid=INCARNATION, cursors=[pb.WriterCursor(incarnation=INCARNATION)] * 4097)
+        welcome=pb.Welcome(
+            store_uuid=INCARNATION, cursors=[pb.WriterCursor(incarnation=INCARNATION)] * (MAX_WRITERS + 1)
+        )
     ),
     "ack, incarnation": raw(ack=pb.Ack(cursors=[pb.WriterCursor()])),
     "ack, seq": raw(ack=pb.Ack(cursors=[pb.WriterCursor(incarnation=INCARNATION, next_seq=TOO_BIG)])),
-    "heartbeat, progress": raw(heartbeat=pb.Heartbeat(progress=[progress()] * 4097)),
+    "heartbeat, progress": raw(heartbeat=pb.Heartbeat(progress=[progress()] * (MAX_WRITERS + 1))),
     "heartbeat, node": raw(heartbeat=pb.Heartbeat(node_id="\0")),
     "heartbeat, incarnation": raw(heartbeat=pb.Heartbeat(progress=[progress(incarnation=b"1")])),
     "heartbeat, seq": raw(heartbeat=pb.Heartbeat(progress=[progress(through_seq=TOO_BIG)])),
@@ -202,7 +207,7 @@ REFUSED = {
     "reject, message": raw(reject=pb.Reject(message="x" * 1025)),
     "reject, invisible message": raw(reject=pb.Reject(message="\r")),
     "stack request, incarnation": raw(stack_request=pb.StackRequest(incarnations=[b"1"])),
-    "stack request, too many": raw(stack_request=pb.StackRequest(incarnations=[INCARNATION] * 4097)),
+    "stack request, too many": raw(stack_request=pb.StackRequest(incarnations=[INCARNATION] * (MAX_WRITERS + 1))),
     "stack, incarnation": raw(stack=pb.Stack()),
     "stack, too long": raw(stack=pb.Stack(incarnation=INCARNATION, text="x" * (MAX_STACK + 1))),
     "stack, escape": raw(stack=pb.Stack(incarnation=INCARNATION, text="\n\x1b[2J")),

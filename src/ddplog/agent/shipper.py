@@ -18,6 +18,7 @@ from ddplog.agent.exit_status import Process
 from ddplog.agent.stacks import Stacks
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal.reader import Hole, JournalReader
+from ddplog.journal.spool import is_system
 from ddplog.killpoints import reach
 from ddplog.v1 import data_pb2 as pb
 from ddplog.wire import codec
@@ -41,8 +42,12 @@ class Tracked:
 
     reader: JournalReader
     process: Process
+    belongs_to: bytes = b""
+    """The incarnation of the rank whose samples it holds; empty: it is a rank's own."""
     is_adopted: bool = False
     """A killed job of the same run left it."""
+    is_abandoned: bool = False
+    """Its sampler was killed and cannot die: what it has written is all there will be."""
     is_alive: bool = True
     died_ns: int = 0
     """When its death was seen."""
@@ -82,6 +87,10 @@ class Tracked:
             drops["device_pending"] = drops.get("device_pending", 0) + self.num_unarrived
         return drops
 
+    @property
+    def is_system(self) -> bool:
+        return self.belongs_to != b""
+
 
 class Shipper:
     """The journals of one job on one node.
@@ -102,6 +111,10 @@ class Shipper:
         self.keep_bytes = keep_bytes
         self.tracked: dict[bytes, Tracked] = {}
         self.stacks = Stacks()
+        self.version = 0
+        """Of the protocol, as the aggregator has it on this connection; 0: it has not said yet."""
+        self.created_unix_ns = 0
+        """When the run was begun, as its store says; 0: not said yet."""
         self._known: set[str] = set()
         self._troubled: set[str] = set()
         self._is_hello_due = False
@@ -116,9 +129,9 @@ class Shipper:
     # -- the node's ranks
 
     def discover(self) -> None:
-        """Look for new journals."""
+        """Look for new journals; a rank's come before those of its samples."""
         for folder in (self.folder, *self.adopted):
-            for path in folder.iterdir():
+            for path in sorted(folder.iterdir(), key=lambda path: is_system(path.name)):
                 if str(path) not in self._known and _is_journal(path):
                     self._track(path, is_adopted=folder is not self.folder)
 
@@ -134,29 +147,53 @@ class Shipper:
             self._known.add(str(path))
             _logger.error("cannot read the journal %s: %s", path, exc)
             return
+        belongs_to = bytes.fromhex(reader.identity.get("belongs_to", ""))
+        if belongs_to and belongs_to not in self.tracked:  # its rank's journal cannot be read, or not yet
+            reader.close()
+            return
         self._known.add(str(path))
         reader.sync()  # before anybody is told of it: a power cut must not take a journal that is waited for
-        process = Process(lambda: reader.holder)
         self.tracked[reader.incarnation] = Tracked(
-            reader=reader, process=process, acked_seq=reader.acked_seq, is_adopted=is_adopted
+            reader=reader,
+            process=Process(lambda: reader.holder),
+            belongs_to=belongs_to,
+            acked_seq=reader.acked_seq,
+            is_adopted=is_adopted,
         )
         self._is_hello_due = True
 
     @property
+    def ranks(self) -> Iterator[Tracked]:
+        """The ranks' own journals."""
+        return (tracked for tracked in self.tracked.values() if not tracked.is_system)
+
+    @property
+    def declared(self) -> Iterator[Tracked]:
+        """What the aggregator may be told of: an older one knows nothing of system writers."""
+        return self.ranks if self.version < codec.SYSTEM_VERSION else iter(self.tracked.values())
+
+    @property
     def has_rank_zero(self) -> bool:
         """Of this job: the aggregator is this agent's to start."""
-        return any(t.reader.identity["rank"] == 0 for t in self.tracked.values() if not t.is_adopted)
+        return any(t.reader.identity["rank"] == 0 for t in self.ranks if not t.is_adopted)
 
     @property
     def is_idle(self) -> bool:
-        """Every rank that ever appeared is dead, and all it left is acknowledged."""
-        return bool(self.tracked) and all(tracked.is_done for tracked in self.tracked.values())
+        """Every rank that ever appeared is dead, and all it left is acknowledged, and so are its samples."""
+        waited = self.tracked.values() if self.version != 1 else self.ranks
+        return bool(self.tracked) and all(tracked.is_done for tracked in waited)
+
+    def abandon(self) -> None:
+        """The sampler will write no more, even if the kernel keeps it."""
+        self.discover()
+        for tracked in self.tracked.values():
+            tracked.is_abandoned |= tracked.is_system
 
     def may_learn(self, now_ns: int) -> bool:
         """Whether the exit status of a rank that has gone is still to come."""
         return any(
             tracked.reader.is_at_exit and tracked.process.may_tell(now_ns - tracked.died_ns)
-            for tracked in self.tracked.values()
+            for tracked in self.ranks
             if not tracked.is_alive
         )
 
@@ -165,16 +202,20 @@ class Shipper:
         if now_ns - self._death_ns < DEATH_CHECK_NS:
             return
         self._death_ns = now_ns
+        has_died = False
         for tracked in self.tracked.values():
-            if tracked.is_alive and not tracked.reader.is_alive:
+            if tracked.is_alive and (tracked.is_abandoned or not tracked.reader.is_alive):
                 tracked.is_alive = False
                 tracked.died_ns = now_ns
-                self._is_hello_due = True
+                self._is_hello_due = has_died = True
+        if has_died:
+            self.discover()  # what was sampled of it: the run may close once its end is told
 
     # -- messages in
 
     def joined(self) -> None:
         """There is a connection, perhaps to another aggregator than before: begin with a Hello."""
+        self.version = 0
         for tracked in self.tracked.values():
             tracked.is_welcome = False
             tracked.forget()
@@ -188,6 +229,8 @@ class Shipper:
         """
         message = codec.decode(data)
         if isinstance(message, pb.Welcome):
+            self._is_hello_due |= not self.version and any(tracked.is_system for tracked in self.tracked.values())
+            self.version, self.created_unix_ns = message.protocol_version, message.created_unix_ns
             for cursor in message.cursors:
                 tracked = self.tracked.get(cursor.incarnation)
                 if tracked is not None and tracked.is_welcome:  # it was declared again, because another one changed
@@ -267,14 +310,14 @@ class Shipper:
         if self.tracked and (self._is_hello_due or self._is_unanswered(now_ns)):
             self._is_hello_due = False
             self._hello_ns = now_ns
-            yield codec.encode_hello(self.run_id, self.node_id, [_writer(t) for t in self.tracked.values()])
+            yield codec.encode_hello(self.run_id, self.node_id, [_writer(t) for t in self.declared])
         yield from self._batches(now_ns)
         for incarnation, text, trouble in self.stacks.answers(now_ns):
             yield codec.encode_stack(incarnation, text, trouble)
 
     def _is_unanswered(self, now_ns: int) -> bool:
         """Whether a Hello, or its Welcome, was lost with a full queue: nothing else would ever ask for it again."""
-        return now_ns - self._hello_ns > RESEND_NS and not all(t.is_welcome for t in self.tracked.values())
+        return now_ns - self._hello_ns > RESEND_NS and not all(t.is_welcome for t in self.declared)
 
     def _batches(self, now_ns: int) -> Iterator[bytes]:
         ready = [tracked for tracked in self.tracked.values() if tracked.is_welcome and not tracked.is_done]
@@ -320,10 +363,10 @@ class Shipper:
 
         Of deaths that were seen together, in the order of the last records: the others logged on until they missed it.
         """
-        unread = [t.died_ns for t in self.tracked.values() if not t.is_alive and t.bye_seq is None and t not in read]
-        for tracked in sorted(read, key=lambda t: (t.died_ns, t.reader.last_time_unix_ns)):
-            if any(died_ns <= tracked.died_ns for died_ns in unread):
-                return
+        unread = [t.died_ns for t in self.ranks if not t.is_alive and t.bye_seq is None and t not in read]
+        for tracked in sorted(read, key=lambda t: (t.is_system, t.died_ns, t.reader.last_time_unix_ns)):
+            if not tracked.is_system and any(died_ns <= tracked.died_ns for died_ns in unread):
+                continue
             tracked.bye_seq = tracked.reader.next_seq
             tracked.num_unarrived = tracked.reader.num_unarrived
             yield self._heartbeat(is_over=False)  # its last drops, before the run may close
@@ -343,7 +386,7 @@ class Shipper:
             codec.make_progress(
                 tracked.incarnation, *tracked.shown, tracked.drops, tracked.in_flight, tracked.process.look()
             )
-            for tracked in self.tracked.values()
+            for tracked in self.declared
         ]
         return codec.encode_heartbeat(self.node_id, progress, is_over=is_over)
 
@@ -398,6 +441,8 @@ def _writer(tracked: Tracked) -> pb.Writer:
         started_unix_ns=identity["started_unix_ns"],
         is_alive=tracked.is_alive,
         oldest_seq=tracked.reader.oldest_seq,
+        role=pb.Writer.SYSTEM if tracked.is_system else pb.Writer.RANK,
+        belongs_to=tracked.belongs_to,
     )
 
 

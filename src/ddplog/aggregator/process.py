@@ -29,7 +29,7 @@ from ddplog.aggregator.stacks import StackDesk, requests
 from ddplog.core.attempt import Options
 from ddplog.core.awake import AwakeTime
 from ddplog.core.dedup import Duplicate, Gap
-from ddplog.core.effects import Effects, Writer, WriterInfo
+from ddplog.core.effects import RANK, SYSTEM, Effects, Writer, WriterInfo
 from ddplog.core.pipeline import Pipeline
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal.election import ensure_agent
@@ -78,6 +78,7 @@ class Aggregator:
             settle_ns=int(settings["settle_s"] * 1e9),
             max_keys=int(settings["max_keys"]),
             hang_ns=int(settings.get("hang_s", 0) * 1e9),
+            sample_ns=int(settings.get("sample_s", 0) * 1e9),
         )
         self.pipeline = Pipeline(options, self.store.restore(), now)
         self._positions: deque[tuple[int, Position]] = deque()
@@ -99,7 +100,8 @@ class Aggregator:
         )
         self.forwarders = Forwarders(job.run_dir, job.sinks)
         self.nodes: dict[str, bytes] = {}
-        self._due_welcome: dict[bytes, list[Writer]] = {}
+        self._due_welcome: dict[bytes, tuple[int, list[Writer]]] = {}
+        """(version of the protocol, who is welcome) by connection."""
         self._due_ack: dict[bytes, dict[int, Writer]] = {}
         self._pending_bytes = 0
         self._committed_ns = now
@@ -212,7 +214,7 @@ class Aggregator:
             self._reject(routing_id, pb.Reject.WRONG_RUN, b"", 0, text)
             return
         try:
-            codec.check_version(hello)
+            version = codec.check_version(hello)
         except RemoteProtocolError as exc:
             _logger.error("cannot talk to node %s: it has %s", node_id, exc)
             self._reject(routing_id, pb.Reject.VERSION, b"", 0, f"you have {exc}")
@@ -223,7 +225,7 @@ class Aggregator:
             self._reject(routing_id, pb.Reject.NOT_YOURS, strangers[0].incarnation, 0, "another node's writer")
             return
         was_closed = self.pipeline.is_closed
-        self._due_welcome[routing_id] = self.pipeline.hello(infos, now, wall)
+        self._due_welcome[routing_id] = version, self.pipeline.hello(infos, now, wall)
         self._is_heard = True
         if was_closed and not self.pipeline.is_closed:
             self.forwarders.resume()
@@ -346,8 +348,9 @@ class Aggregator:
                 return
 
     def _answer(self) -> None:
-        for routing_id, writers in self._due_welcome.items():
-            self.router.send(routing_id, codec.encode_welcome(self.store.uuid, map(_cursor, writers)))
+        created = self.store.created_unix_ns
+        for routing_id, (version, writers) in self._due_welcome.items():
+            self.router.send(routing_id, codec.encode_welcome(self.store.uuid, map(_cursor, writers), version, created))
         for routing_id, acked in self._due_ack.items():
             self.router.send(routing_id, codec.encode_ack(map(_cursor, acked.values())))
         self._due_welcome.clear()
@@ -426,6 +429,8 @@ def _info(writer: pb.Writer, node_id: str) -> WriterInfo:
         started_unix_ns=writer.started_unix_ns,
         is_alive=writer.is_alive,
         oldest_seq=writer.oldest_seq,
+        role=SYSTEM if writer.role == pb.Writer.SYSTEM else RANK,
+        belongs_to=writer.belongs_to,
     )
 
 

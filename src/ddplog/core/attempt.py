@@ -1,7 +1,8 @@
 """Owns one attempt: the ranks that train together, their watermark, and the panels that reduce what they log.
 
 Which writer belongs to which attempt is the pipeline's decision. Reductions never mix attempts, so each has panels of
-its own; the keys and their reductions are the run's.
+its own; the keys and their reductions are the run's. The system writers of an attempt have an Attempt of their own, with
+the same number: another lane, whose steps are seconds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Options:
     max_keys: int
     hang_ns: int = 0
     """0: no attempt is taken for hung."""
+    sample_ns: int = 0
+    """Time between two samples of a system writer."""
     max_open: int = 65_536
     """Open windows per panel beyond which the oldest close incomplete: a rank far ahead must not fill the memory."""
     max_cells: int = 16 * 1024 * 1024

@@ -12,6 +12,10 @@ from ddplog.core.records import MAX_STEP, NO_STEP
 UNKNOWN_DEATH: Final = "died, code unknown"
 ENDED: Final = ("finished", "failed", "killed", "preempted", "died")
 """States of a writer that is gone."""
+RANK: Final = "rank"
+SYSTEM: Final = "system"
+"""Roles of writers: a rank's process, or the sampler of its node, which writes what the GPU and the host of one life of a
+rank did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,9 @@ class WriterInfo:
     is_alive: bool
     oldest_seq: int = 0
     """What is left of its journal begins here."""
+    role: str = RANK
+    belongs_to: bytes = b""
+    """SYSTEM: the incarnation of the rank whose samples these are."""
 
 
 @dataclass(slots=True)
@@ -83,6 +90,10 @@ class Writer:
         if pause_ns > self.longest_pause_ns or (has_risen and self.num_rises == 2):
             self.longest_pause_ns = pause_ns
         self.last_moved_ns = now_ns
+
+    @property
+    def is_system(self) -> bool:
+        return self.info.role == SYSTEM
 
     @property
     def has_ended(self) -> bool:

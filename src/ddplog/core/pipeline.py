@@ -6,12 +6,19 @@ Effects, which the process around it makes durable in one transaction before it 
 Attempts: an attempt is one set of ranks that train together. A new one opens when a writer declares another world
 size, or a rank whose holder in the current attempt has ended. Reductions never mix attempts. A second living holder
 of a rank is stored and not reduced.
+
+System writers, what samplers write, belong to the attempt of the rank they name, and count for nothing but their own
+values: they open no attempt, hold no rank, hang in no way and have no say in how the run ended. Their steps are seconds,
+so each attempt has a second lane for them, with a watermark and panels of its own. The run waits for their records as for
+any other.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +28,7 @@ from ddplog.core.batches import Rows, single, split
 from ddplog.core.dedup import Accept, Duplicate, Gap, admit
 from ddplog.core.effects import (
     ENDED,
+    SYSTEM,
     UNKNOWN_DEATH,
     AttemptRow,
     Effects,
@@ -37,7 +45,7 @@ from ddplog.core.ends import describe_exit, final_state, split_status
 from ddplog.core.hang import UNSEEN_NS, Hang, find_hang, is_over, restore_hang, stacks_wanted, standing
 from ddplog.core.key_table import Definition, KeyTable
 from ddplog.core.panel import Emission
-from ddplog.core.records import KIND_SCHEMA, NO_STEP, Record, scan_payload
+from ddplog.core.records import KIND_SCHEMA, NO_STEP, SYSTEM_PREFIX, Record, scan_payload
 from ddplog.core.reduce import is_reduction
 from ddplog.core.stacks import place
 from ddplog.core.watermark import NOTHING_YET
@@ -61,6 +69,8 @@ class Pipeline:
         self.options = options
         self.writers: dict[bytes, Writer] = {}
         self.attempts: dict[int, Attempt] = {}
+        self.system: dict[int, Attempt] = {}
+        """The same attempts' lanes for system writers."""
         self.keys = KeyTable(options.max_keys)
         self.params: dict[str, tuple[str, int]] = {}
         self.nodes_over: dict[str, bool] = {}
@@ -83,8 +93,8 @@ class Pipeline:
 
     def take(self) -> Effects:
         """Return what has accumulated, and begin anew."""
-        for attempt in self.attempts.values():
-            attempt.flush()
+        for lane in self._lanes:
+            lane.flush()
         effects, self._effects = self._effects, Effects()
         effects.keys = self.keys.take_changed()
         return effects
@@ -100,10 +110,15 @@ class Pipeline:
         """A node declares writers, or says more of known ones.
 
         Returns:
-            The writers, in the order given.
+            The writers. Without system writers whose rank is unknown: they are not welcome before it is.
         """
         result = []
-        for info in sorted(infos, key=lambda info: (info.started_unix_ns, info.rank)):
+        for info in sorted(infos, key=lambda info: (info.role == SYSTEM, info.started_unix_ns, info.rank)):
+            if info.role == SYSTEM:
+                rank = self.writers.get(info.belongs_to)
+                if rank is None or rank.is_system or rank.info.node_id != info.node_id:
+                    continue
+                info = replace(info, rank=rank.info.rank, world_size=rank.info.world_size)
             self.node_seen_ns[info.node_id] = now_ns
             self.nodes_over[info.node_id] = False
             writer = self.writers.get(info.incarnation)
@@ -151,7 +166,10 @@ class Pipeline:
         self._effects.writers[writer.writer_id] = writer
 
     def _admit_writer(self, info: WriterInfo, now_ns: int, time_unix_ns: int) -> Writer:
-        attempt, is_reduced = self._choose_attempt(info, now_ns, time_unix_ns)
+        if info.role == SYSTEM:
+            attempt, is_reduced = self.system[self.writers[info.belongs_to].attempt], True
+        else:
+            attempt, is_reduced = self._choose_attempt(info, now_ns, time_unix_ns)
         writer = Writer(
             writer_id=len(self.writers) + 1,
             info=info,
@@ -178,9 +196,10 @@ class Pipeline:
         self._effects.writers[writer.writer_id] = writer
         if self.is_closed:
             self.is_closed = False
-            self.verdict = None
-            self._effects.verdict = ("", "")
             self._effects.status = ("running", "")
+            if not writer.is_system:  # a rank has come back; a sampler's last words change nothing
+                self.verdict = None
+                self._effects.verdict = ("", "")
         return writer
 
     def _choose_attempt(self, info: WriterInfo, now_ns: int, time_unix_ns: int) -> tuple[Attempt, bool]:
@@ -216,7 +235,7 @@ class Pipeline:
 
     def _open_attempt(self, info: WriterInfo, now_ns: int, time_unix_ns: int, reason: str) -> Attempt:
         number = self.attempt + 1
-        attempt = self.attempts[number] = self._make_attempt(number, info.world_size, time_unix_ns, {}, now_ns)
+        attempt = self._make_attempt(number, info.world_size, time_unix_ns, {}, now_ns)
         self._effects.attempts.append(AttemptRow(number, info.world_size, time_unix_ns, reason))
         if number:
             self._effects.events.append(
@@ -292,7 +311,7 @@ class Pipeline:
             if isinstance(item, Record) or item.schema_id not in writer.schemas:
                 continue
             if writer.is_reduced:
-                attempt = self.attempts[writer.attempt]
+                attempt = self._lane(writer)
                 attempt.add(writer, item, max(attempt.closed_to, writer.step - 1), now_ns, self.num_entries)
                 attempt.watermark.advance(writer.info.rank, int(item.steps.max()), now_ns)
             writer.step = max(writer.step, int(item.steps.max()))
@@ -309,7 +328,7 @@ class Pipeline:
         if not keys or len(keys) != record.num_keys:
             return False
         if writer.is_reduced:
-            attempt = self.attempts[writer.attempt]
+            attempt = self._lane(writer)
             panel = attempt.whole_panel(keys)
             if panel is None:
                 return False
@@ -326,7 +345,7 @@ class Pipeline:
     def _scalars(self, writer: Writer, rows: Rows, now_ns: int) -> None:
         step, num_refused = int(rows.steps.max()), 0
         if writer.is_reduced:
-            attempt = self.attempts[writer.attempt]
+            attempt = self._lane(writer)
             late_to = max(attempt.closed_to, writer.step - 1)
             num_refused = attempt.add(writer, rows, late_to, now_ns, self.num_entries)
             attempt.watermark.advance(writer.info.rank, step, now_ns)
@@ -405,7 +424,7 @@ class Pipeline:
             EventRow(writer.attempt, writer.info.rank, None, "define", "info", message, data, time_unix_ns)
         )
         for row in self.keys.define(definition):
-            changed = [attempt.redefine(row) for attempt in self.attempts.values()]
+            changed = [lane.redefine(row) for lane in self._lanes]
             if any(changed):
                 self._redefined.add(row.key_id)
 
@@ -464,7 +483,7 @@ class Pipeline:
                 writer.first_step = min(writer.first_step, step)
                 writer.move(old_step, now_ns)
             if writer.is_reduced:
-                self.attempts[writer.attempt].watermark.advance(writer.info.rank, step, now_ns)
+                self._lane(writer).watermark.advance(writer.info.rank, step, now_ns)
 
     def bye(self, incarnation: bytes, next_seq: int, now_ns: int, time_unix_ns: int) -> None:
         """A writer's process is gone; seqs below `next_seq` exist."""
@@ -482,14 +501,20 @@ class Pipeline:
         writer.ended_unix_ns = writer.ended_unix_ns or time_unix_ns
         if writer.state == "died" or writer.exit_code or writer.signal:
             writer.detail = writer.detail or describe_exit(writer.exit_code, writer.signal)
-        kind = "death" if writer.state == "died" else "failure" if writer.finish_status == "failed" else "exit"
-        if kind != "exit" or (writer.finish_status == "finished" and writer.state != "finished"):
-            self._event(writer, time_unix_ns, kind, "error", f"rank {writer.info.rank}: {writer.detail}")
+        self._note_end(writer, time_unix_ns)
         if writer.is_reduced:
-            attempt = self.attempts[writer.attempt]
+            attempt = self._lane(writer)
             if attempt.holders.get(writer.info.rank) is writer:
                 attempt.watermark.end(writer.info.rank, finished=writer.state == "finished")
         self._effects.writers[writer.writer_id] = writer
+
+    def _note_end(self, writer: Writer, time_unix_ns: int) -> None:
+        """Put an end that was none to wish for on the run; that of a sampler, its node's agent does."""
+        if writer.is_system:
+            return
+        kind = "death" if writer.state == "died" else "failure" if writer.finish_status == "failed" else "exit"
+        if kind != "exit" or (writer.finish_status == "finished" and writer.state != "finished"):
+            self._event(writer, time_unix_ns, kind, "error", f"rank {writer.info.rank}: {writer.detail}")
 
     def node(self, node_id: str, is_over: bool, now_ns: int) -> None:
         """A node's sign of life; `is_over`: no further writer will come from it."""
@@ -500,7 +525,8 @@ class Pipeline:
         self, rank: int, pid: int, exit_code: int | None, signal: int | None, message: str, time_unix_ns: int
     ) -> None:
         """The launcher says how a rank of the current attempt ended."""
-        candidates = [w for w in self.writers.values() if w.info.rank == rank and pid in (0, w.info.pid)]
+        ranks = [writer for writer in self.writers.values() if not writer.is_system]
+        candidates = [w for w in ranks if w.info.rank == rank and pid in (0, w.info.pid)]
         if not candidates:
             return
         self._exited(candidates[-1], exit_code, signal, message, time_unix_ns)
@@ -508,7 +534,7 @@ class Pipeline:
     def exited(self, incarnation: bytes, status: int, time_unix_ns: int) -> None:
         """The agent has learned the wait(2) status of a writer's process. It says so again and again."""
         writer = self.writers.get(incarnation)
-        if writer is not None and writer.exit_code is None and writer.signal is None:
+        if writer is not None and not writer.is_system and writer.exit_code is None and writer.signal is None:
             self._exited(writer, *split_status(status), "", time_unix_ns)
 
     def _exited(
@@ -537,8 +563,8 @@ class Pipeline:
 
     def tick(self, now_ns: int, time_unix_ns: int) -> None:
         """Close what is due; decide whether the run is over."""
-        for attempt in self.attempts.values():
-            self._close(attempt, now_ns, time_unix_ns)
+        for lane in self._lanes:
+            self._close(lane, now_ns, time_unix_ns)
         self._watch_for_hangs(now_ns, time_unix_ns)
         self._decide_end(now_ns, time_unix_ns)
 
@@ -639,9 +665,9 @@ class Pipeline:
             silent = [w for w in self.writers.values() if not w.has_ended]
             if any(now_ns - max(w.last_seen_ns, self.verdict_ns) < SILENT_NODE_NS for w in silent):
                 return
-        for attempt in self.attempts.values():
-            self._close(attempt, now_ns, time_unix_ns, at_once=True)
-        if any(attempt.has_open for attempt in self.attempts.values()):
+        for lane in self._lanes:
+            self._close(lane, now_ns, time_unix_ns, at_once=True)
+        if any(lane.has_open for lane in self._lanes):
             return  # the rest with the next commit
         self.is_closed = True
         self.verdict = self._effects.status = verdict
@@ -665,16 +691,16 @@ class Pipeline:
     @property
     def unsettled(self) -> list[Stale]:
         """Points that may be stored and are still to change."""
-        return self._restored_stale + [stale for attempt in self.attempts.values() for stale in attempt.unsettled]
+        return self._restored_stale + [stale for lane in self._lanes for stale in lane.unsettled]
 
     def take_stale(self, now_ns: int, *, at_once: bool = False) -> list[Stale]:
         """Return the points whose values changed after their windows were gone; the caller derives them again."""
         result, self._restored_stale = self._restored_stale, []
-        for attempt in self.attempts.values():
-            result += attempt.take_stale(now_ns, at_once=at_once)
-            redefined = tuple(key_id for key_id in self._redefined if attempt.has(key_id))
+        for lane in self._lanes:
+            result += lane.take_stale(now_ns, at_once=at_once)
+            redefined = tuple(key_id for key_id in self._redefined if lane.has(key_id))
             if redefined:
-                result.append(Stale(attempt.number, redefined, None))
+                result.append(Stale(lane.number, redefined, None))
         self._redefined.clear()
         return result
 
@@ -689,9 +715,9 @@ class Pipeline:
         self._restored_stale = list(restored.unsettled)
         for row in restored.attempts:
             emitted_to = {key: step for (number, key), step in restored.emitted_to.items() if number == row.attempt}
-            attempt = self._make_attempt(row.attempt, row.world_size, row.opened_unix_ns, emitted_to, now_ns)
-            attempt.is_replaying = True
-            self.attempts[row.attempt] = attempt
+            self._make_attempt(row.attempt, row.world_size, row.opened_unix_ns, emitted_to, now_ns)
+        for lane in self._lanes:
+            lane.is_replaying = True
         for number, data in restored.hangs.items():
             attempt = self.attempts[number]
             attempt.hang, attempt.hung_unix_ns = restore_hang(data, now_ns)
@@ -699,7 +725,7 @@ class Pipeline:
             writer.last_seen_ns = writer.last_moved_ns = writer.watched_ns = now_ns
             writer.first_step = min(writer.step, 0)  # whether its steps went on is not stored: they did
             self.writers[writer.info.incarnation] = self._by_id[writer.writer_id] = writer
-            attempt = self.attempts[writer.attempt]
+            attempt = self._lane(writer)
             attempt.members.append(writer)
             if writer.is_reduced:
                 attempt.holders[writer.info.rank] = writer
@@ -714,7 +740,7 @@ class Pipeline:
         Steps that the store has already are passed over: what was still to change of them is in `unsettled`.
         """
         writer = self._by_id[writer_id]
-        attempt = self.attempts[writer.attempt]
+        attempt = self._lane(writer)
         for item in split(payload, first_seq)[1]:
             if isinstance(item, Rows) and writer.is_reduced and item.schema_id in writer.schemas:
                 attempt.add(writer, item, NOTHING_YET, now_ns, self.num_entries)
@@ -722,25 +748,40 @@ class Pipeline:
 
     def end_replay(self) -> None:
         """From now on records are new."""
-        for attempt in self.attempts.values():
-            attempt.end_replay()
+        for lane in self._lanes:
+            lane.end_replay()
 
     def derive(self, stale: Stale, entries: Iterable[tuple[int, int, bytes]]) -> Emission | None:
         """Reduce points again from the rank log; see Attempt.derive()."""
-        return self.attempts[stale.attempt].derive(stale, self._by_id, entries)
+        is_system = self.keys.names[stale.key_ids[0]].startswith(SYSTEM_PREFIX)  # all of them are of one lane
+        lane = (self.system if is_system else self.attempts)[stale.attempt]
+        return lane.derive(stale, self._by_id, entries)
 
     @property
     def oldest_entry_needed(self) -> int:
         """Number of the first rank log entry that an open window was made from: a restart replays from there."""
-        oldest = [attempt.oldest_open for attempt in self.attempts.values()]
+        oldest = [lane.oldest_open for lane in self._lanes]
         return min((entry for entry in oldest if entry is not None), default=self.num_entries)
 
     # -- helpers
 
+    @property
+    def _lanes(self) -> Iterator[Attempt]:
+        """What reduces: the lanes of all attempts."""
+        return chain(self.attempts.values(), self.system.values())
+
+    def _lane(self, writer: Writer) -> Attempt:
+        return (self.system if writer.is_system else self.attempts)[writer.attempt]
+
     def _make_attempt(
         self, number: int, world_size: int, opened_unix_ns: int, emitted_to: Mapping[int, int], now_ns: int
     ) -> Attempt:
-        return Attempt(number, world_size, opened_unix_ns, self.options, self.keys, emitted_to, now_ns)
+        """Make both lanes of an attempt, and return that of its ranks."""
+        options = self.options
+        calm = replace(options, grace_ns=options.grace_ns + 2 * options.sample_ns)  # a step comes once in sample_ns
+        for lanes, its in ((self.attempts, options), (self.system, calm)):
+            lanes[number] = Attempt(number, world_size, opened_unix_ns, its, self.keys, emitted_to, now_ns)
+        return self.attempts[number]
 
     def _event(
         self, writer: Writer, time_unix_ns: int, kind: str, level: str, message: str, *, step: int | None = None

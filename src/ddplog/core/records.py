@@ -44,6 +44,9 @@ MAX_STEP: Final = (1 << 63) - 1
 MAX_RECORD_BYTES: Final = 256 * 1024
 """A larger record is dropped with a count: one rank must not be able to fill the wire with one call."""
 
+SYSTEM_PREFIX: Final = "sys/"
+"""Keys of system writers (core/pipeline.py); no rank may log any below it."""
+
 KIND_SCALARS: Final = 1
 KIND_SCHEMA: Final = 2
 KIND_MESSAGE: Final = 3

@@ -12,6 +12,7 @@
         c.sock                    the aggregator's gRPC socket (short: a unix socket's path has 108 bytes)
         done                      everything here has been acknowledged; deleted with the folder an hour later
         <rank>.<incarnation>/     a journal: head, alive, NNNNNN.seg
+        system-<rank>.<incarnation>/    what the node's sampler writes about one life of a rank: a journal, too
         logs/                     agent.log, aggregator.log
 
 The job key names the launching process, so that two jobs on one node never meet and a restarted worker comes
@@ -54,6 +55,8 @@ NETWORK_FILESYSTEMS: Final = {
 }
 """statfs(2) magic numbers where mmap is not coherent between clients or a fault is a SIGBUS."""
 
+SYSTEM_FOLDER: Final = "system-"
+"""How the names of samplers' journals begin."""
 JOB_VARIABLE: Final = "DDPLOG_JOB"
 DONE: Final = "done"
 RANK_VARIABLES: Final = (
@@ -110,6 +113,11 @@ class JobInfo:
     @property
     def run_dir(self) -> Path:
         return Path(self.dir) / self.run_id
+
+
+def is_system(name: str) -> bool:
+    """Tell whether a journal's folder is a sampler's, from its name."""
+    return name.startswith(SYSTEM_FOLDER)
 
 
 def default_spool() -> Path:

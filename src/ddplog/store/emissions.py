@@ -18,7 +18,15 @@ from typing import Any, Final
 
 from ddplog.core.delivery import Emission, Event, Param, Point, RankPoint, RunInfo, RunStatus, Text
 from ddplog.errors import ConfigError, RunNotFoundError
-from ddplog.store.schema import FORMAT_VERSION, META_FORMAT, META_NEXT_ID, META_RUN, META_STATUS, META_STORE_UUID
+from ddplog.store.schema import (
+    FORMAT_VERSION,
+    META_FORMAT,
+    META_NEXT_ID,
+    META_RUN,
+    META_STATUS,
+    META_STORE_UUID,
+    READABLE,
+)
 
 _BUSY_S: Final = 5.0
 
@@ -60,7 +68,7 @@ class EmissionReader:
         self._db: sqlite3.Connection | None = None
         with self._reading() as db:
             found = _meta(db, META_FORMAT)
-            if found not in (None, FORMAT_VERSION):
+            if found not in (None, *READABLE):
                 raise ConfigError(
                     "run_id", run_dir.name, f"{self._path}: format {found}; this ddplog reads {FORMAT_VERSION}"
                 )

@@ -24,6 +24,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from ddplog.core.effects import RANK, SYSTEM
 from ddplog.errors import DdplogError, RunNotFoundError
 from ddplog.store.columns import (
     Attempt,
@@ -53,6 +54,7 @@ from ddplog.store.schema import (
     META_RUN,
     META_STATUS,
     META_WATERMARK,
+    READABLE,
 )
 from ddplog.store.sink_states import read_sink_states
 
@@ -93,10 +95,9 @@ class Run:
         """Whether the folder could not be written, so that commits still in the `-wal` file are not seen."""
         self._connection = connection
         meta = self._meta()
-        if meta.get(META_FORMAT) != FORMAT_VERSION or META_RUN not in meta:
-            raise RunNotFoundError(
-                f"{path}: its store has format {meta.get(META_FORMAT)!r}, this ddplog reads {FORMAT_VERSION}"
-            )
+        self._format = meta.get(META_FORMAT)
+        if self._format not in READABLE or META_RUN not in meta:
+            raise RunNotFoundError(f"{path}: its store has format {self._format!r}, this ddplog reads {FORMAT_VERSION}")
         self._run: Mapping[str, Any] = meta[META_RUN]
 
     def __repr__(self) -> str:
@@ -335,9 +336,11 @@ class Run:
         from ddplog.store.step_times import EMPTY, collect_step_times
 
         folder = self.path / "ranks"
+        samplers = {writer.writer_id for writer in self.writers(SYSTEM)}
         for _ in range(3):
             try:
-                return collect_step_times(iter_entries(folder), attempt)
+                ranks = (entry for entry in iter_entries(folder) if entry.writer_id not in samplers)
+                return collect_step_times(ranks, attempt)
             except FileNotFoundError:  # the oldest file was deleted to bound the log: begin behind it
                 continue
         return EMPTY
@@ -368,19 +371,37 @@ class Run:
             for i, a, r, s, k, v, m, d, t in rows
         )  # fmt: skip
 
-    def drops(self) -> tuple[Drop, ...]:
-        """Return what was accepted by a rank and is not in the store, per rank and reason."""
+    def drops(self, role: str = RANK) -> tuple[Drop, ...]:
+        """Return what was accepted by a rank and is not in the store, per rank and reason.
+
+        Args:
+            role: `rank`, or `system`: what its samplers could not write.
+        """
         rows = self._rows(
-            """SELECT d.writer_id, coalesce(w.rank, -1), coalesce(w.attempt, 0), d.reason, d.count
-               FROM drops d LEFT JOIN writers w ON w.writer_id = d.writer_id WHERE d.count > 0 ORDER BY 2, 3, 4"""
+            f"""SELECT d.writer_id, coalesce(w.rank, -1), coalesce(w.attempt, 0), d.reason, d.count
+                FROM drops d LEFT JOIN writers w ON w.writer_id = d.writer_id
+                WHERE d.count > 0 AND coalesce({self._role}, '{RANK}') = ? ORDER BY 2, 3, 4""",
+            (role,),
         )
         return tuple(Drop(writer_id=i, rank=r, attempt=a, reason=x, count=c) for i, r, a, x, c in rows)
 
-    def writers(self) -> tuple[WriterInfo, ...]:
-        """Return every life of every rank, by attempt and rank."""
+    def writers(self, role: str = RANK) -> tuple[WriterInfo, ...]:
+        """Return every life of every rank, by attempt and rank.
+
+        Args:
+            role: `rank`, or `system`: what sampled the ranks.
+        """
         names = [f.name for f in fields(WriterInfo)]
-        rows = self._rows(f"SELECT {', '.join(names)} FROM writers ORDER BY attempt, rank, writer_id")
+        rows = self._rows(
+            f"SELECT {', '.join(names)} FROM writers w WHERE {self._role} = ? ORDER BY attempt, rank, writer_id",
+            (role,),
+        )
         return tuple(WriterInfo(**dict(zip(names, row, strict=True))) for row in rows)
+
+    @property
+    def _role(self) -> str:
+        """The role of the writer `w`, in SQL."""
+        return f"'{RANK}'" if self._format == 1 else "w.role"
 
     @property
     def last_id(self) -> int:

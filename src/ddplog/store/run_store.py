@@ -88,11 +88,14 @@ class RunStore:
             self._put_meta(schema.META_NEXT_ID, 1)
             self._put_meta(schema.META_STATUS, {"status": "running", "detail": "", "ended_unix_ns": None})
             self._db.execute("COMMIT")
+        self._migrate()
         self._begin_life()
         if is_new:
             sync_folder(run_dir)
             sync_folder(run_dir.parent)
         self.uuid = bytes.fromhex(self._meta(schema.META_STORE_UUID))
+        self.created_unix_ns = int(self._meta(schema.META_RUN).get("created_unix_ns") or 0)
+        """When the run was begun first; a job that continues it has a time of its own."""
         self._check_rank_log()
         self._next_id = int(self._meta(schema.META_NEXT_ID))
         self._num_replaced = int(self._meta(schema.META_REPLACED) or 0)
@@ -110,9 +113,19 @@ class RunStore:
         if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
             return
         version = self._meta(schema.META_FORMAT)
-        if version not in (None, schema.FORMAT_VERSION):
+        if version not in (None, *schema.READABLE):
             what = f"{self.run_dir / 'run.db'}: format {version}; this ddplog reads and writes {schema.FORMAT_VERSION}"
             raise ConfigError("run_id", self.run_dir.name, what)
+
+    def _migrate(self) -> None:
+        """Make a store of an older format one of the newest, each format at once or not at all."""
+        for version in range(self._meta(schema.META_FORMAT), schema.FORMAT_VERSION):
+            self._db.execute("BEGIN IMMEDIATE")
+            for statement in schema.MIGRATIONS[version]:
+                self._db.execute(statement)
+            self._put_meta(schema.META_FORMAT, version + 1)
+            self._db.execute("COMMIT")
+            _logger.info("%s: format %d is now %d", self.run_dir, version, version + 1)
 
     def _places(self) -> Mapping[str, Position]:
         places = self._meta(schema.META_RANK_LOG) or {"end": [1, 0], "replay_from": [1, 0]}
@@ -205,7 +218,7 @@ class RunStore:
             for row in self._db.execute(
                 "SELECT writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, boot_id, "
                 "started_unix_ns, next_seq, step, state, is_reduced, finish_status, num_values, exit_code, signal, detail, "
-                "ended_unix_ns FROM writers "
+                "ended_unix_ns, role FROM writers "
                 "ORDER BY writer_id"
             ).fetchall()
         ]
@@ -245,7 +258,7 @@ class RunStore:
         refill_to: int,
     ) -> Writer:
         (writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, boot, started, next_seq,
-         step, state, is_reduced, finish_status, num_values, exit_code, signal, detail, ended) = row  # fmt: skip
+         step, state, is_reduced, finish_status, num_values, exit_code, signal, detail, ended, role) = row  # fmt: skip
         has_ended = state in ENDED
         return Writer(
             writer_id=writer_id,
@@ -261,6 +274,7 @@ class RunStore:
                 boot_id=boot,
                 started_unix_ns=started,
                 is_alive=not has_ended,
+                role=role,
             ),
             attempt=attempt,
             is_reduced=bool(is_reduced),
@@ -381,7 +395,7 @@ class RunStore:
         self._db.execute(
             "INSERT INTO writers (writer_id, incarnation, attempt, rank, world_size, local_rank, node_rank, host, pid, "
             "boot_id, started_unix_ns, next_seq, step, state, is_reduced, finish_status, num_values, exit_code, signal, "
-            "detail, ended_unix_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (writer_id) DO UPDATE SET "
+            f"detail, ended_unix_ns, role) VALUES ({', '.join('?' * 22)}) ON CONFLICT (writer_id) DO UPDATE SET "
             "next_seq = excluded.next_seq, step = excluded.step, state = excluded.state, "
             "finish_status = excluded.finish_status, num_values = excluded.num_values, "
             "exit_code = excluded.exit_code, signal = excluded.signal, detail = excluded.detail, "
@@ -408,6 +422,7 @@ class RunStore:
                 writer.signal,
                 writer.detail,
                 writer.ended_unix_ns,
+                info.role,
             ),
         )
         for reason, count in writer.drops.items():

@@ -9,14 +9,21 @@ that cannot overwrite takes the rows with revision 0 of both tables.
 
 NaN is NULL. Times are wall clock, nanoseconds since 1970, and are payload only.
 
-Format 1 is the first that was released. A store of a newer format is refused before anything is written to it.
+Formats, of which each is read; a store of an older one becomes one of the newest when it is opened for writing, and one
+of a newer format is refused before anything is written to it:
+
+    1  the first that was released
+    2  writers.role: `rank`, or `system` for a sampler's journal of GPU and host metrics (core/pipeline.py)
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+READABLE: Final = (1, 2)
+MIGRATIONS: Final = {1: ("ALTER TABLE writers ADD COLUMN role TEXT NOT NULL DEFAULT 'rank'",)}
+"""Format -> the statements that make the next one of it."""
 
 _POINT_COLUMNS: Final = """
     id INTEGER PRIMARY KEY,
@@ -65,7 +72,8 @@ CREATE TABLE IF NOT EXISTS writers (
     exit_code INTEGER,
     signal INTEGER,
     detail TEXT NOT NULL DEFAULT '',
-    ended_unix_ns INTEGER
+    ended_unix_ns INTEGER,
+    role TEXT NOT NULL DEFAULT 'rank'
 );
 CREATE TABLE IF NOT EXISTS schemas (
     writer_id INTEGER NOT NULL, schema_id INTEGER NOT NULL, keys TEXT NOT NULL, PRIMARY KEY (writer_id, schema_id)

@@ -45,7 +45,13 @@ class Hello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., node_id: _Optional[str] = ..., writers: _Optional[_Iterable[_Union[Writer, _Mapping]]] = ..., oldest_version: _Optional[int] = ...) -> None: ...
 
 class Writer(_message.Message):
-    __slots__ = ("incarnation", "rank", "world_size", "local_rank", "node_rank", "pid", "host", "boot_id", "started_unix_ns", "is_alive", "oldest_seq")
+    __slots__ = ("incarnation", "rank", "world_size", "local_rank", "node_rank", "pid", "host", "boot_id", "started_unix_ns", "is_alive", "oldest_seq", "role", "belongs_to")
+    class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        RANK: _ClassVar[Writer.Role]
+        SYSTEM: _ClassVar[Writer.Role]
+    RANK: Writer.Role
+    SYSTEM: Writer.Role
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +63,8 @@ class Writer(_message.Message):
     STARTED_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     IS_ALIVE_FIELD_NUMBER: _ClassVar[int]
     OLDEST_SEQ_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    BELONGS_TO_FIELD_NUMBER: _ClassVar[int]
     incarnation: bytes
     rank: int
     world_size: int
@@ -68,7 +76,9 @@ class Writer(_message.Message):
     started_unix_ns: int
     is_alive: bool
     oldest_seq: int
-    def __init__(self, incarnation: _Optional[bytes] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., node_rank: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., boot_id: _Optional[str] = ..., started_unix_ns: _Optional[int] = ..., is_alive: bool = ..., oldest_seq: _Optional[int] = ...) -> None: ...
+    role: Writer.Role
+    belongs_to: bytes
+    def __init__(self, incarnation: _Optional[bytes] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., local_rank: _Optional[int] = ..., node_rank: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., boot_id: _Optional[str] = ..., started_unix_ns: _Optional[int] = ..., is_alive: bool = ..., oldest_seq: _Optional[int] = ..., role: _Optional[_Union[Writer.Role, str]] = ..., belongs_to: _Optional[bytes] = ...) -> None: ...
 
 class WriterCursor(_message.Message):
     __slots__ = ("incarnation", "next_seq", "attempt")
@@ -81,14 +91,16 @@ class WriterCursor(_message.Message):
     def __init__(self, incarnation: _Optional[bytes] = ..., next_seq: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol_version", "store_uuid", "cursors")
+    __slots__ = ("protocol_version", "store_uuid", "cursors", "created_unix_ns")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     STORE_UUID_FIELD_NUMBER: _ClassVar[int]
     CURSORS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     store_uuid: bytes
     cursors: _containers.RepeatedCompositeFieldContainer[WriterCursor]
-    def __init__(self, protocol_version: _Optional[int] = ..., store_uuid: _Optional[bytes] = ..., cursors: _Optional[_Iterable[_Union[WriterCursor, _Mapping]]] = ...) -> None: ...
+    created_unix_ns: int
+    def __init__(self, protocol_version: _Optional[int] = ..., store_uuid: _Optional[bytes] = ..., cursors: _Optional[_Iterable[_Union[WriterCursor, _Mapping]]] = ..., created_unix_ns: _Optional[int] = ...) -> None: ...
 
 class Batch(_message.Message):
     __slots__ = ("incarnation", "first_seq", "num_records", "crc32", "payload", "epoch")

@@ -38,13 +38,16 @@ from ddplog.v1.data_pb2 import (
     WriterCursor,
 )
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 OLDEST_VERSION: Final = 1
 """This ddplog speaks OLDEST_VERSION to PROTOCOL_VERSION. 1 is the first that was released."""
+SYSTEM_VERSION: Final = 2
+"""The first that knows system writers."""
 MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024
 MAX_PAYLOAD_BYTES: Final = 4 * 1024 * 1024
-MAX_WRITERS: Final = 4096
-"""Of one node, and so of one Hello, Welcome, Ack or Heartbeat: DESIGN's largest job, all on one node."""
+MAX_WRITERS: Final = 8192
+"""Of one node, and so of one Hello, Welcome, Ack or Heartbeat: DESIGN's largest job, all on one node, and as many system
+writers."""
 MAX_DROPS: Final = 16 * 1024
 """Of one Heartbeat, all writers together."""
 MAX_WORLD_SIZE: Final = 1 << 20
@@ -58,7 +61,8 @@ _PRESCAN_BYTES: Final = 16 * 1024
 """A smaller message is not counted first: a sub-message takes two bytes at least and 112 once parsed, so that it
 cannot grow beyond 1 MiB. Nearly every Ack and Heartbeat is smaller, and counting costs 0.5 us a field."""
 _MAX_FIELDS: Final = 128 * 1024
-"""Of one message in all, which bounds the count itself (65 ms). The largest Heartbeat has 4096 * 6 + 16384 * 3."""
+"""Of one message in all, which bounds the count itself (65 ms). The largest Hello has 8192 * 14, the largest Heartbeat
+8192 * 6 + 16384 * 3."""
 
 Message: TypeAlias = Hello | Welcome | Batch | Ack | Heartbeat | Bye | Reject | StackRequest | Stack | Loss
 Cursor: TypeAlias = tuple[bytes, int, int]
@@ -93,16 +97,26 @@ def encode_hello(run_id: str, node_id: str, writers: Iterable[Writer]) -> bytes:
     return _encode("hello", hello)
 
 
-def encode_welcome(store_uuid: bytes, cursors: Iterable[Cursor]) -> bytes:
-    """Encode the answer to a Hello: where each writer resumes."""
-    welcome = Welcome(protocol_version=PROTOCOL_VERSION, store_uuid=store_uuid, cursors=map(_cursor, cursors))
+def encode_welcome(
+    store_uuid: bytes, cursors: Iterable[Cursor], version: int = PROTOCOL_VERSION, created_unix_ns: int = 0
+) -> bytes:
+    """Encode the answer to a Hello: where each writer resumes, and the version that is spoken from now on."""
+    welcome = Welcome(
+        protocol_version=version,
+        store_uuid=store_uuid,
+        cursors=map(_cursor, cursors),
+        created_unix_ns=created_unix_ns,
+    )
     return _encode("welcome", welcome)
 
 
-def check_version(message: Hello | Welcome) -> None:
+def check_version(message: Hello | Welcome) -> int:
     """Check that the peer speaks a version of the protocol that this ddplog speaks.
 
     A Hello is not decoded any the less: it is answered with Reject(VERSION).
+
+    Returns:
+        The newest version that both speak.
 
     Raises:
         RemoteProtocolError: If it does not.
@@ -112,6 +126,7 @@ def check_version(message: Hello | Welcome) -> None:
     if max(oldest, OLDEST_VERSION) > min(newest, PROTOCOL_VERSION):
         ours, theirs = _span(OLDEST_VERSION, PROTOCOL_VERSION), _span(oldest, newest)
         raise RemoteProtocolError(f"protocol version {theirs}; this ddplog speaks {ours}")
+    return min(newest, PROTOCOL_VERSION)
 
 
 def _span(oldest: int, newest: int) -> str:
@@ -326,12 +341,17 @@ def _check_hello(hello: Hello) -> None:
         _check_text("boot_id", writer.boot_id, _MAX_NAME)
         _check_integer("started_unix_ns", writer.started_unix_ns)
         _check_integer("oldest_seq", writer.oldest_seq)
+        if writer.role == Writer.SYSTEM:
+            _check_incarnation(writer.belongs_to)
+        elif writer.role != Writer.RANK or writer.belongs_to:
+            raise RemoteProtocolError(f"a writer of role {writer.role} that belongs to another")
 
 
 def _check_welcome(welcome: Welcome) -> None:
     check_version(welcome)
     if len(welcome.store_uuid) != STORE_UUID_BYTES:
         raise RemoteProtocolError(f"a store uuid of {len(welcome.store_uuid)} bytes")
+    _check_integer("created_unix_ns", welcome.created_unix_ns)
     _check_cursors(welcome.cursors)
 
 

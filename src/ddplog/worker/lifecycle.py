@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from ddplog import config as settings_of
 from ddplog import killpoints
@@ -35,6 +35,9 @@ from ddplog.worker import current, doubts, stacks
 from ddplog.worker import identity as identity_of
 from ddplog.worker.absent import AbsentRun, NullRun
 from ddplog.worker.run import Run, describe, finish_at_exit
+
+_MAX_VISIBLE: Final = 1000
+"""Characters of CUDA_VISIBLE_DEVICES that the journal's head has room for: 24 UUIDs, more than a rank has devices."""
 
 _ordinal = 0
 _has_hooks = False
@@ -178,6 +181,7 @@ def _declare(
                 "hang_s",
                 "late_s",
                 "settle_s",
+                "sample_s",
                 "max_keys",
                 "rank_log_bytes",
                 "spool_bytes",
@@ -215,6 +219,7 @@ def _check_runs(runs: Path, resolved: settings_of.Settings, *, is_first: bool) -
 
 
 def _describe_process(who: identity_of.Identity, job: spool.JobInfo) -> Mapping[str, Any]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return {
         "rank": who.rank,
         "world_size": who.world_size,
@@ -227,6 +232,9 @@ def _describe_process(who: identity_of.Identity, job: spool.JobInfo) -> Mapping[
         "boot_id": spool.boot_id(),
         "run_id": job.run_id,
         "started_unix_ns": time.time_ns(),
+        # For the sampler, which cannot see this environment: which GPU is whose. As it is now; CUDA is not asked.
+        "cuda_visible_devices": visible if visible is None else visible[:_MAX_VISIBLE],
+        "cuda_device_order": os.environ.get("CUDA_DEVICE_ORDER", "")[:_MAX_VISIBLE],
     }
 
 

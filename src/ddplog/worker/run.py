@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from ddplog.core.records import NO_STEP
+from ddplog.core.records import NO_STEP, SYSTEM_PREFIX
 from ddplog.errors import UsageError
 from ddplog.journal.spool import JobInfo
 from ddplog.journal.writer import NO_WEIGHT, JournalFullError, JournalWriter
@@ -225,6 +225,8 @@ class Run:
     def _admit_key(self, key: str) -> None:
         if key in self._keys:
             return
+        if key.startswith(SYSTEM_PREFIX):
+            raise BadValueError("bad_key", f"{key}: names below {SYSTEM_PREFIX} are those of GPU and host metrics")
         if len(self._keys) >= self._max_keys:
             raise BadValueError("key_limit", f"{key}: this rank has logged {self._max_keys} names already (max_keys)")
         self._keys.add(key)
