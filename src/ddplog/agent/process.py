@@ -23,12 +23,14 @@ from typing import Final
 
 from ddplog import killpoints
 from ddplog.agent.exit_status import has_ended
+from ddplog.agent.keeper import Keeper
 from ddplog.agent.orphans import take_up
 from ddplog.agent.shipper import Shipper
 from ddplog.bootstrap import command
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal.segment import is_held
 from ddplog.journal.spool import DONE, JobInfo, boot_id, read_job, secret_path, start_ticks
+from ddplog.wire.codec import SYSTEM_VERSION
 from ddplog.wire.keys import aggregator_keys, load_secret, node_keys
 from ddplog.wire.sockets import DealerEndpoint
 
@@ -58,6 +60,8 @@ class Agent:
         self.secret = load_secret(folder / "secret")
         self.node_id = str(job.node_rank)
         self.shipper = Shipper(folder, job.run_id, self.node_id, int(job.settings["spool_bytes"]) // 2, adopted)
+        self.keeper = Keeper(folder, float(job.settings.get("sample_s", 0.0)), self.shipper.abandon)
+        self.is_sampling_over = False
         self.dealer: DealerEndpoint | None = None
         self.endpoint = ""
         self.num_joins = 0
@@ -99,7 +103,9 @@ class Agent:
         self._supervise(now)
         if self.discovered_ns == now and not self.is_up:
             self._connect()
-        is_over = self._is_over(now)
+        is_over = self._is_over(now) and self._end_sampling(now)
+        if not is_over:
+            self._sample(now)
         self._exchange(now, is_over=is_over)
         self.shipper.keep_durable(now)
         return is_over and self._may_leave(now)
@@ -199,11 +205,28 @@ class Agent:
         """Whether another aggregator than our child writes the run: an earlier agent's, or another launcher's."""
         return self.aggregator is None and is_held(self.job.run_dir / "writer.lock")
 
+    # -- the sampler
+
+    def _sample(self, now: int) -> None:
+        """Have the ranks sampled as long as one lives."""
+        self.is_sampling_over = False
+        shipper = self.shipper
+        if any(tracked.is_alive and not tracked.is_adopted for tracked in shipper.ranks):
+            is_known = shipper.version >= SYSTEM_VERSION
+            self.keeper.look(shipper.created_unix_ns if is_known else 0, now)
+
+    def _end_sampling(self, now: int) -> bool:
+        """Whether nobody samples any more, and what was written is known."""
+        if not self.is_sampling_over and self.keeper.end(now):
+            self.is_sampling_over = True
+            self.shipper.abandon()  # also what another agent's sampler may hold that cannot die
+        return self.is_sampling_over
+
     # -- the end
 
     def _is_over(self, now: int) -> bool:
         """Whether every rank and what launched them are gone, and how the ranks ended is known if it ever will be."""
-        if any(tracked.is_alive for tracked in self.shipper.tracked.values()) or self.shipper.may_learn(now):
+        if any(tracked.is_alive for tracked in self.shipper.ranks) or self.shipper.may_learn(now):
             return False
         return self.launcher is None or has_ended(self.launcher)
 
