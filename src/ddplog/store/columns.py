@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Attempt", "Drop", "Event", "Metric", "MetricColumns", "Param", "Point", "RankColumns", "RunSummary", "SinkState",
     "Text", "UnknownMetricError", "WriterInfo", "columns_of", "concatenate", "floats", "import_pandas", "ints",
+    "no_rank_columns",
 ]  # fmt: skip
 
 Ints = NDArray[np.int64]
@@ -201,6 +202,11 @@ def columns_of(rows: Sequence[Sequence[Any]]) -> MetricColumns:
         revision=ints(parts[14]),
         time_unix_ns=ints(parts[15]),
     )
+
+
+def no_rank_columns() -> RankColumns:
+    empty = ints(())
+    return RankColumns(step=empty, rank=empty, value=floats(()), attempt=empty, time_unix_ns=empty)
 
 
 def concatenate(pages: Sequence[MetricColumns]) -> MetricColumns:

@@ -18,13 +18,14 @@ from dataclasses import fields
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddplog.core.effects import RANK, SYSTEM
+from ddplog.core.records import NO_STEP
 from ddplog.errors import DdplogError, RunNotFoundError
 from ddplog.store.columns import (
     Attempt,
@@ -41,6 +42,7 @@ from ddplog.store.columns import (
     UnknownMetricError,
     WriterInfo,
     columns_of,
+    no_rank_columns,
     concatenate,
     floats,
     import_pandas,
@@ -60,14 +62,18 @@ from ddplog.store.sink_states import read_sink_states
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
+    from ddplog.store.rank_log import Entry
+    from ddplog.store.rank_values import Source
     from ddplog.store.step_times import RankStepTimes
 
 
 PAGE_ROWS: Final = 20_000
 """Rows fetched by one statement: about 3 MB, 20 ms, short against the writer's checkpoint interval."""
+
+Found = TypeVar("Found")
 
 BUSY_TIMEOUT_S: Final = 10.0
 GONE: Final = "its aggregator is gone; ddplog sync completes it"
@@ -278,6 +284,53 @@ class Run:
             time_unix_ns=columns[4],
         )
 
+    def rank_values(self, key: str, attempt: int | None = None, *, from_step: int | None = None) -> RankColumns:
+        """Return the values of every rank of any metric, one row per step and rank, from the rank log.
+
+        Empty where the rank log is gone. Reads all of it: for a long run, name the first step that is wanted.
+
+        Args:
+            key: The metric's name.
+            attempt: Only this attempt's; None: where a rank has a step in several, the highest wins.
+            from_step: Only steps from here on.
+
+        Raises:
+            UnknownMetricError: Naming close matches.
+        """
+        from ddplog.store.rank_values import collect_rank_values
+
+        reduce = self._rows("SELECT reduce FROM keys WHERE key_id = ?", (self._key_id(key),))[0][0]
+        sources = self._sources(key, attempt)
+        first = NO_STEP if from_step is None else from_step
+        return self._over_rank_log(
+            lambda entries: collect_rank_values(entries, sources, reduce, first), no_rank_columns()
+        )
+
+    def _sources(self, key: str, attempt: int | None) -> dict[int, Source]:
+        from ddplog.store.rank_values import Source
+
+        columns: dict[int, dict[int, int]] = {}
+        for writer_id, schema_id, text in self._rows("SELECT writer_id, schema_id, keys FROM schemas"):
+            keys = json.loads(text)
+            if key in keys:
+                columns.setdefault(writer_id, {})[schema_id] = keys.index(key)
+        rows = self._rows("SELECT writer_id, rank, attempt FROM writers WHERE is_reduced")
+        return {
+            writer_id: Source(rank=rank, attempt=its, columns=columns[writer_id])
+            for writer_id, rank, its in rows
+            if writer_id in columns and attempt in (None, its)
+        }
+
+    def _over_rank_log(self, collect: Callable[[Iterator[Entry]], Found], nothing: Found) -> Found:
+        from ddplog.store.rank_log import iter_entries
+
+        for _ in range(3):
+            try:
+                return collect(iter_entries(self.path / "ranks"))
+            except FileNotFoundError:  # the oldest file was deleted to bound the log: begin behind it
+                continue
+        return nothing
+
     def metrics(self) -> tuple[Metric, ...]:
         """Return every key with its newest point, sorted by name. Costs one pass over an index of `points`."""
         counts: dict[int, int] = dict(self._rows("SELECT key_id, count(*) FROM points GROUP BY key_id"))
@@ -332,18 +385,12 @@ class Run:
         Args:
             attempt: Only this attempt's; None: where several passed a step, the highest wins.
         """
-        from ddplog.store.rank_log import iter_entries
         from ddplog.store.step_times import EMPTY, collect_step_times
 
-        folder = self.path / "ranks"
         samplers = {writer.writer_id for writer in self.writers(SYSTEM)}
-        for _ in range(3):
-            try:
-                ranks = (entry for entry in iter_entries(folder) if entry.writer_id not in samplers)
-                return collect_step_times(ranks, attempt)
-            except FileNotFoundError:  # the oldest file was deleted to bound the log: begin behind it
-                continue
-        return EMPTY
+        return self._over_rank_log(
+            lambda entries: collect_step_times((e for e in entries if e.writer_id not in samplers), attempt), EMPTY
+        )
 
     # Everything else that was recorded.
 
