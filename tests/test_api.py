@@ -75,7 +75,7 @@ def test_the_commands_and_their_flags():
     assert flags == {
         "run": [],  # it parses torchrun's flags with its own; tests/cli/test_run.py
         "ls": ["--dir", "--json"],
-        "show": ["--dir", "--json", "--metric"],
+        "show": ["--dir", "--json", "--metric", "--ranks"],
         "top": ["--dir", "--interval", "--once"],
         "stacks": ["--dir", "--json", "--rank", "--wait"],
         "report": ["--dir", "--open", "--output"],

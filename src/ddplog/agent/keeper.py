@@ -53,7 +53,8 @@ class Keeper:
         self._heard_ns = 0
         self._asked_ns: int | None = None
         self._num_failures = 0
-        self._notice = ("", "")
+        self._notice = ("", "warning")
+        """What the next one tells the run, and how loud."""
         self.num_strikes = 0
 
     @property
@@ -107,7 +108,7 @@ class Keeper:
             _logger.error("cannot start the sampler: %s", exc)
             self._num_failures += 1
             return
-        self._notice = ("", "")
+        self._notice = ("", "warning")
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
 

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from ddplog.v1.control_pb2 import StatusReply
 
 _ASK_S: Final = 1.0
+_MAX_STEPS: Final = 1000
 
 
 @click.command("show")
 @run_argument
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--metric", "key", metavar="KEY", help="Print this metric's points.")
-def command(run: str, folder: str | None, as_json: bool, key: str | None) -> None:
+@click.option("--ranks", "every_rank", is_flag=True, help="With --metric: print every rank's values.")
+def command(run: str, folder: str | None, as_json: bool, key: str | None, every_rank: bool) -> None:
     """Show one run: its ranks, metrics, events, drops and sinks.
 
     RUN is a run's folder, a run id, or `latest`, which is also the default.
@@ -31,9 +33,11 @@ def command(run: str, folder: str | None, as_json: bool, key: str | None) -> Non
     from ddplog.store.reader import open_run
     from ddplog.view import tables
 
+    if every_rank and key is None:
+        raise click.UsageError("--ranks goes with --metric KEY")
     with open_run(find(run, folder)) as opened:
         if key is not None:
-            _show_metric(opened, key, as_json=as_json)
+            _show_metric(opened, key, as_json=as_json, every_rank=every_rank)
         elif as_json:
             output.show_json(_as_dict(opened, _ask(opened)))
         else:
@@ -55,22 +59,35 @@ def _ask(run: Run) -> StatusReply | None:
         return None
 
 
-def _show_metric(run: Run, key: str, *, as_json: bool) -> None:
+def _show_metric(run: Run, key: str, *, as_json: bool, every_rank: bool) -> None:
     from ddplog.view import tables
 
     columns: MetricColumns | RankColumns = run.rank_metric(key)  # empty unless declared with reduce="none"
     if not len(columns):
-        columns = run.metric(key)
+        columns = _every_rank(run, key) if every_rank else run.metric(key)
     if as_json:
         output.show_json(_rows(columns))
     else:
         output.show(tables.points_table(columns))
 
 
+def _every_rank(run: Run, key: str) -> RankColumns:
+    """Return the ranks' values at the last steps of a metric."""
+    from ddplog.errors import DdplogError
+
+    steps = run.metric(key).step
+    columns = run.rank_values(key, from_step=int(steps[-_MAX_STEPS:][0]) if len(steps) else None)
+    if len(steps) and not len(columns):
+        raise DdplogError(f"{run.path}: the ranks' own values of {key} are gone: the rank log keeps rank_log_bytes")
+    return columns
+
+
 def _as_dict(run: Run, live: StatusReply | None) -> dict[str, Any]:
-    from ddplog.view import audit, tables
+    from ddplog.core.effects import SYSTEM
+    from ddplog.view import audit, system, tables
 
     writers, drops = run.writers(), run.drops()
+    metrics, sampled = system.parted(run.metrics())
     hang = tables.hanging(run)
     states = {(status.rank, status.pid): status.state for status in live.ranks} if live is not None else {}
     return {
@@ -89,7 +106,8 @@ def _as_dict(run: Run, live: StatusReply | None) -> dict[str, Any]:
         "attempts": run.attempts,
         "ranks": [{**asdict(w), "standing": states.get((w.rank, w.pid), w.state)} for w in writers],
         "hang": hang.message if hang is not None else None,
-        "metrics": [_metric(metric) for metric in run.metrics()],
+        "metrics": [_metric(metric) for metric in metrics],
+        "system": {"metrics": [_metric(metric) for metric in sampled], "drops": run.drops(SYSTEM)},
         "params": run.params(),
         "texts": run.texts(),
         "events": run.events(),

@@ -65,9 +65,11 @@ def collect_rank_values(
         source = sources.get(entry.writer_id)
         if source is None:
             continue
-        for item in split(entry.payload, entry.first_seq)[1]:
-            if isinstance(item, Rows) and item.schema_id in source.columns:
-                parts.append(_part(item, source, from_step))
+        parts += [
+            _part(item, source, from_step)
+            for item in split(entry.payload, entry.first_seq)[1]
+            if isinstance(item, Rows) and item.schema_id in source.columns
+        ]
     return _fold(_Part(*(np.concatenate(column) for column in zip(*parts, strict=True))), reduce)
 
 

@@ -42,11 +42,11 @@ from ddplog.store.columns import (
     UnknownMetricError,
     WriterInfo,
     columns_of,
-    no_rank_columns,
     concatenate,
     floats,
     import_pandas,
     ints,
+    no_rank_columns,
 )
 from ddplog.store.schema import (
     FORMAT_VERSION,

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from ddplog.core.records import SYSTEM_PREFIX
 from ddplog.core.stacks import alike, place
 from ddplog.view import series
 from ddplog.view.audit import rank_audits, sink_audits
 from ddplog.view.stacks import stored
+from ddplog.view.system import is_system
 from ddplog.view.text import clean, count, how_ended, interest, moment, number, seconds
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ MAX_RANK_VALUES: Final = 5_000_000
 
 MAX_MARKS: Final = 200
 MAX_TABLE_ROWS: Final = 2000
+_SAMPLED_STEP: Final = SYSTEM_PREFIX + "step"
 _SCALED: Final = ("sum", "rss", "std")
 """Reductions whose value lies outside the ranks' own min and max."""
 
@@ -61,12 +64,15 @@ class _Chart:
     unit: str = ""
     warning: str = ""
     band_fits: bool = True
+    x: str = "step"
+    """step, or time: its steps are seconds, whatever axis the others are shown over."""
     switch: tuple[str, str] | None = None
     """Labels of the two lines one can choose between: the declared reduction, the mean."""
 
     def as_json(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
+            "x": self.x,
             "length": self.length,
             "columns": self.columns,
             "lines": self.lines,
@@ -122,6 +128,7 @@ def render(run: Run, on_progress: Callable[[int, int], None] | None = None) -> s
     everything = found.charts + rank_charts
     sections = [
         ("Metrics", _metrics_section(found)),
+        ("System", _system_section(found)),
         ("Ranks", _ranks_section(run, found, rank_charts, len(found.charts))),
         ("Params", _params_section(run)),
         ("Texts", _texts_section(run)),
@@ -174,9 +181,12 @@ def _collect(run: Run, metrics: Sequence[Metric], on_progress: Callable[[int, in
         elif len(columns):
             found.charts.append(_metric_chart(metric, columns, max_points, start_ns, has_attempts=has_attempts))
             found.num_thinned += found.charts[-1].length < len(columns)
-        if len(columns):
+        if is_system(metric.key) and found.charts and found.charts[-1].key == metric.key:
+            found.charts[-1].x = "time"
+            found.charts[-1].columns["time"] = found.charts[-1].columns["step"]
+        if len(columns) and metric.key != _SAMPLED_STEP:
             found.extremes.append(series.Extremes(metric.key, columns))
-            for attempt in np.unique(columns.attempt).tolist():
+            for attempt in np.unique(columns.attempt).tolist() if not is_system(metric.key) else ():
                 first = int(columns.step[columns.attempt == attempt].min())
                 found.first_steps[attempt] = min(first, found.first_steps.get(attempt, first))
         if on_progress is not None:
@@ -349,16 +359,33 @@ def _banner(status: str, detail: str) -> str:
 
 
 def _metrics_section(found: _Collected) -> str:
-    if not found.charts:
+    groups = _groups([(i, chart) for i, chart in enumerate(found.charts) if chart.x == "step"])
+    if not groups:
         return '<h2>Metrics</h2><p class="note">This run has no points yet.</p>'
-    groups = _groups(found.charts)
     note = "Line: the declared reduction. Band: the smallest to the largest rank. Drag to zoom, double-click to reset."
     if found.num_thinned:
         note += (
             f" {_plural(found.num_thinned, 'metric')} of {len(found.charts)} shown with fewer points than stored: of each"
             " stretch of steps the smallest and the largest values are kept; ddplog export has all of them."
         )
-    parts = [f'<p class="note">{_e(note)}</p><p class="note" id="none" hidden>No metric has that in its name.</p>']
+    none = '<p class="note" id="none" hidden>No metric has that in its name.</p>'
+    return f'<p class="note">{_e(note)}</p>{none}{_group_cards(groups)}'
+
+
+def _system_section(found: _Collected) -> str:
+    """Return the charts of what the samplers measured; empty if there was none."""
+    sampled = [(i, chart) for i, chart in enumerate(found.charts) if chart.x == "time"]
+    if not sampled:
+        return ""
+    groups: dict[str, list[tuple[int, _Chart]]] = {}
+    for i, chart in sampled:
+        groups.setdefault(chart.key.removeprefix(SYSTEM_PREFIX).partition("/")[0], []).append((i, chart))
+    note = "GPUs, hosts and processes, over the time since the run began. Line: the mean. Band: the ranks."
+    return f'<h2>System</h2><p class="note">{_e(note)}</p>' + _group_cards(groups)
+
+
+def _group_cards(groups: Mapping[str, Sequence[tuple[int, _Chart]]]) -> str:
+    parts = []
     for prefix, members in groups.items():
         title = _e(prefix) if prefix else "metrics"
         cards = "".join(_card(i, chart) for i, chart in members)
@@ -367,10 +394,10 @@ def _metrics_section(found: _Collected) -> str:
     return "".join(parts)
 
 
-def _groups(charts: Sequence[_Chart]) -> dict[str, list[tuple[int, _Chart]]]:
+def _groups(charts: Sequence[tuple[int, _Chart]]) -> dict[str, list[tuple[int, _Chart]]]:
     """Group charts by their key's prefix, training first; those alone in theirs stand together under ""."""
     by_prefix: dict[str, list[tuple[int, _Chart]]] = {}
-    for i, chart in enumerate(charts):
+    for i, chart in charts:
         prefix, slash, _ = chart.key.partition("/")
         by_prefix.setdefault(prefix if slash else "", []).append((i, chart))
     groups: dict[str, list[tuple[int, _Chart]]] = {}

@@ -17,8 +17,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ddplog.core.effects import SYSTEM
 from ddplog.store.columns import RankColumns, SinkState
 from ddplog.view.audit import rank_audits, sink_audits
+from ddplog.view.system import parted, system_table
 from ddplog.view.text import count, how_ended, interest, moment, number, seconds, status_words, words
 
 if TYPE_CHECKING:
@@ -77,7 +79,8 @@ def show(run: Run, live: StatusReply | None = None) -> RenderableType:
         run: The run.
         live: What its aggregator says of the ranks now, if it lives and answers.
     """
-    metrics, writers, drops = run.metrics(), run.writers(), run.drops()
+    writers, drops = run.writers(), run.drops()
+    metrics, sampled = parted(run.metrics())
     parts: list[RenderableType] = [_heading(run)]
     hang = hanging(run)
     if hang is not None:
@@ -85,6 +88,7 @@ def show(run: Run, live: StatusReply | None = None) -> RenderableType:
     world_size = run.attempts[-1].world_size if run.attempts else 0
     parts += _titled("Ranks", ranks(writers, drops, world_size, live.ranks if live is not None else ()))
     parts += _titled(f"Metrics ({len(metrics)})", metrics_table(metrics))
+    parts += _titled("System", system_table(sampled, run.drops(SYSTEM))) if sampled else []
     params = run.params()
     parts += _titled(f"Params ({len(params)})", params_table(params[:MAX_PARAMS])) if params else []
     events = run.events()
@@ -101,7 +105,8 @@ def summary(run: Run) -> RenderableType:
     Args:
         run: The run. Read once, here.
     """
-    metrics = sorted((m for m in run.metrics() if len(m.last)), key=lambda metric: interest(metric.key))
+    own, _ = parted(run.metrics())
+    metrics = sorted((m for m in own if len(m.last)), key=lambda metric: interest(metric.key))
     facts = _facts(run)
     for event in run.events():
         if event.kind in ("hang", "loss"):

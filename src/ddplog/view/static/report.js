@@ -5,6 +5,7 @@
   const cards = Array.from(document.querySelectorAll(".card[data-chart]"));
   const charts = new Map();
   let xMode = "step", isLog = false;
+  const modeOf = (spec) => (spec.x === "time" ? "time" : xMode);  // a sampled metric's steps are seconds
   const types = { i2: Int16Array, i4: Int32Array, f4: Float32Array, f8: Float64Array };
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -50,7 +51,7 @@
 
   // Attempts that rewind make time run against the step, and uPlot wants an ascending axis.
   function ordered(data) {
-    if (xMode === "step" || !data.time) return data;
+    if (modeOf(data.spec) === "step" || !data.time) return data;
     const order = Array.from(data.time.keys()).sort((a, b) => data.time[a] - data.time[b]);
     const pick = (column) => column && order.map((i) => column[i]);
     const out = { spec: data.spec, length: data.length };
@@ -65,9 +66,9 @@
     return `hsl(${(215 + (index * 360) / count) % 360} 70% ${dark ? 66 : 44}%)`;
   }
 
-  function marksOf(attempts) {
+  function marksOf(attempts, mode) {
     return page.marks
-      .map((mark) => ({ ...mark, at: xMode === "step" ? mark.step : mark.time }))
+      .map((mark) => ({ ...mark, at: mode === "step" ? mark.step : mark.time }))
       .filter((mark) => mark.at !== null && mark.at !== undefined && (attempts || !mark.attempt));
   }
 
@@ -104,7 +105,7 @@
     const i = u.cursor.idx;
     tip.textContent = "";
     const head = document.createElement("b");
-    const at = data.step ? "step " + data.step[i].toLocaleString("en-US") : "";
+    const at = data.step && data.spec.x !== "time" ? "step " + data.step[i].toLocaleString("en-US") : "";
     head.textContent = [at, data.time ? duration(data.time[i]) : "", data.attempt ? "attempt " + data.attempt[i] : ""]
       .filter(Boolean).join(" · ");
     const table = document.createElement("table");
@@ -151,7 +152,8 @@
     plot.textContent = "";
     const raw = old ? old.raw : load(card), data = ordered(raw), spec = data.spec;
     const showsMean = card.dataset.line === "mean" && data.mean;
-    const x = xMode === "time" && data.time ? data.time : data.step;
+    const mode = modeOf(spec);
+    const x = mode === "time" && data.time ? data.time : data.step;
     const series = [{}], columns = [x];
     let bands;
     const hasBand = data.low && (spec.band_fits || showsMean);
@@ -197,17 +199,17 @@
       return;
     }
     const positive = columns.slice(1).every((column) => column.every((v) => v === null || v > 0));
-    const marks = marksOf(page.num_attempts > 1);
+    const marks = marksOf(page.num_attempts > 1, mode);
     const axis = { stroke: css("--muted"), grid: { stroke: css("--grid"), width: 1 }, ticks: { stroke: css("--grid"), width: 1, size: 5 },
       font: "11px system-ui, sans-serif" };
     const chart = new uPlot({
       width: plot.clientWidth, height: plot.clientHeight, series, bands, legend: { show: false },
-      cursor: { sync: { key: "run-" + xMode, scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 6 },
+      cursor: { sync: { key: "run-" + mode, scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 6 },
         focus: { prox: spec.kind === "lines" ? 24 : -1 } },
       focus: { alpha: 0.35 },
       scales: { x: { time: false }, y: isLog && positive ? { distr: 3 } : {} },
       axes: [
-        { ...axis, size: 28, gap: 3, space: 64, values: (u, ticks) => ticks.map(xMode === "time" ? duration : axisNumber) },
+        { ...axis, size: 28, gap: 3, space: 64, values: (u, ticks) => ticks.map(mode === "time" ? duration : axisNumber) },
         { ...axis, size: 58, gap: 4, values: (u, ticks) => ticks.map(axisNumber) },
       ],
       hooks: {
