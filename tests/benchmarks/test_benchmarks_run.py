@@ -77,3 +77,14 @@ def test_bench_gpu(tmp_path):
     if torch.cuda.is_available():
         assert not results["syncs"]["error"]
         assert results["syncs"]["drops"] == results["log"]["drops"] == results["step"]["drops"] == {}
+
+
+def test_bench_sampling(tmp_path):
+    shown, results = run("bench_sampling.py", tmp_path, "--stub", "--ranks", "2")
+
+    assert "of a core at 5 s" in shown
+    host, *gpus = results.values()
+    assert (host["ranks"], host["read"]) == (2, {})
+    for found in gpus:  # none without a C compiler
+        assert len(found["read"]) == 2
+        assert found["cpu_ms"]["count"] == 3
