@@ -140,7 +140,13 @@ def report(results: dict[str, Any], sample_s: float = 5.0) -> None:
     for what, found in results.items():
         cpu, wall, idle = found["cpu_ms"], found["wall_ms"], found["idle_ms"]
         share = (cpu["p50"] / 1000 / sample_s + idle["p50"] / 1000 * 10) * 100
-        figures = [f"{cpu['p50']:.2f}", f"{cpu['p99']:.2f}", f"{wall['p50']:.1f}", f"{idle['p50']:.3f}", f"{share:.2f} %"]
+        figures = [
+            f"{cpu['p50']:.2f}",
+            f"{cpu['p99']:.2f}",
+            f"{wall['p50']:.1f}",
+            f"{idle['p50']:.3f}",
+            f"{share:.2f} %",
+        ]
         rows.append(common.Row(what, [*figures, f"{found['first_ms']:.0f}"]))
     columns = ("CPU p50 ms", "CPU p99", "wall p50", "a look between, CPU", "of a core at 5 s", "first, wall")
     count = next(iter(results.values()))["ranks"]

@@ -156,3 +156,38 @@ def test_the_head_of_a_samplers_journal_names_its_rank(tmp_path):
     samples = Samples(tmp_path, rank)
     text = (samples.writer.folder / "head").read_bytes()[1024:].rstrip(b"\0")
     assert json.loads(text)["belongs_to"] == rank.incarnation.hex()
+
+
+def test_the_first_hello_says_that_others_follow(node):
+    """An aggregator of a run that had ended would else leave again before it hears of them: for ever."""
+    rank = node.rank().say()
+    (hello,) = node.out()
+    assert not hello.has_more
+    node.shipper.joined()
+    Samples(node.folder, rank).say()
+    node.shipper.discover()
+    (hello,) = node.out()
+    assert hello.has_more
+    welcome(node, rank, version=2)
+    assert not next(m for m in node.out() if isinstance(m, pb.Hello)).has_more
+
+
+def test_a_node_is_over_only_once_everything_is_declared(node):
+    """Over: no further writer will come."""
+
+    def is_over(now_ns):
+        return codec.decode(node.shipper.heartbeat(now_ns, is_over=True)).is_over
+
+    rank = node.rank()
+    samples = Samples(node.folder, rank)
+    node.bury()
+    node.out()
+    assert not is_over(RESEND_NS)
+    welcome(node, rank, version=2)
+    node.out()
+    assert not is_over(2 * RESEND_NS)
+    welcome(node, rank, samples, version=2)
+    assert is_over(3 * RESEND_NS)
+    node.shipper.joined()
+    welcome(node, rank, version=1)
+    assert is_over(4 * RESEND_NS), "an older aggregator is told of no others"

@@ -355,6 +355,13 @@ def test_an_agent_that_speaks_a_version_of_ours_is_welcome_and_told_the_newest_o
     assert codec.decode(codec.encode_welcome(bytes(16), [], spoken)).protocol_version == spoken
 
 
+@pytest.mark.parametrize("has_more", [False, True])
+def test_an_aggregator_has_heard_an_agent_once_it_has_declared_everything(has_more):
+    """A run that had ended ends again, without waiting for anybody else."""
+    hello = pb.Hello(protocol_version=2, oldest_version=1, run_id="r1", node_id="0", has_more=has_more)
+    assert aggregator_that_hears(hello)._is_heard is not has_more
+
+
 @pytest.mark.parametrize(
     ("oldest", "newest", "theirs"), [(3, 3, "3"), (3, 4, "3 to 4"), (0, 3, "3"), (0, 0, "0"), (7, 5, "7 to 5")]
 )

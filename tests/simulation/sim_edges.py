@@ -61,7 +61,7 @@ class JournalPath(SimPath):
     """A journal's folder; it has all its files."""
 
     def __init__(self, journal):
-        super().__init__(f"{journal.rank}.{journal.number}")
+        super().__init__(f"{'system-' if journal.of else ''}{journal.rank}.{journal.number}")
         self.journal = journal
 
     def exists(self):
@@ -99,6 +99,8 @@ class SimReader:
             "node_rank": journal.node, "pid": 100 + journal.number, "host": "h", "boot_id": "b",
             "started_unix_ns": journal.born_ns,
         }  # fmt: skip
+        if journal.of is not None:
+            self.identity |= {"role": "system", "belongs_to": journal.of.incarnation.hex()}
         self.next_seq = journal.oldest_seq
 
     @property

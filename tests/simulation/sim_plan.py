@@ -41,6 +41,8 @@ class Journal:
     """When frame i is written."""
     ends_ns: int = 0
     has_finished: bool = False
+    of: "Journal | None" = None
+    """The rank's whose samples it holds; None: it is a rank's own."""
     schemas: dict[tuple[str, ...], int] = field(default_factory=dict)
 
     @property
@@ -159,6 +161,33 @@ def _write(rng, journal, first_step, num_steps, pace_ns, defines, *, is_killed, 
         journal.message(now, ambient, type="finish", status="finished", detail="")
         journal.has_finished = True
     journal.ends_ns = now
+
+
+def add_samplers(plan: Plan, rng: random.Random) -> None:
+    """Let every rank be sampled: once in 100 ms, at seconds that have nothing to do with its steps. A sampler may be
+    killed, and another one take its place; it may see its rank's end late.
+    """
+    plan.reductions["sys/u"] = plan.reductions["sys/host"] = "mean"
+    for rank in list(plan.journals):
+        now, is_over = rank.born_ns + rng.randint(20, 200) * MS, False
+        while not is_over:
+            sampler = Journal(len(plan.journals) + 1, rank.rank, rank.world_size, rank.life, rank.node, now, of=rank)
+            plan.journals.append(sampler)
+            killed_ns = now + rng.randint(50, 1500) * MS if rng.random() < 0.3 else None
+            until_ns = rank.ends_ns + rng.choice((0, 5, 90)) * MS
+            while now < until_ns and (killed_ns is None or now < killed_ns):
+                second = now // (100 * MS) * 5
+                if rank.rank == 0:
+                    sampler.log(now, NO_STEP, second, 1.0, ("sys/host",))
+                sampler.log(now, NO_STEP, second, 1.0, ("sys/u",))
+                now += 100 * MS
+            is_over = now >= until_ns
+            sampler.has_finished = is_over
+            if is_over:
+                sampler.message(now, NO_STEP, type="finish", status="finished", detail="")
+            sampler.ends_ns = now
+            plan.over_ns = max(plan.over_ns, now)
+            now += rng.randint(10, 150) * MS
 
 
 def expected_points(plan: Plan) -> dict[tuple[int, str, int], tuple[float, int]]:

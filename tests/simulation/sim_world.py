@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from simulation.sim_check import check_end, check_store
 from simulation.sim_edges import Crash, JobFolder, Now, SimDatabase, SimPath, edges, stored_meta
-from simulation.sim_plan import MS, SECOND, Plan, make_plan
+from simulation.sim_plan import MS, SECOND, Plan, add_samplers, make_plan
 from simulation.sim_sink import SinkWorker
 
 from ddplog.agent.shipper import Shipper
@@ -133,6 +133,8 @@ class World:
         self.rng = random.Random(seed)
         rng = self.rng
         self.plan: Plan = make_plan(rng, is_quiet=self.is_quiet)
+        if seed % 3 == 1:
+            add_samplers(self.plan, random.Random(seed))
         self.faults = Faults.draw(rng) if not self.is_quiet else Faults(0, 0, 0, 0, 0, 0, 0)
         self.is_trimming = rng.random() < 0.3
         self.now_ns = 1

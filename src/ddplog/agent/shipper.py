@@ -229,7 +229,7 @@ class Shipper:
         """
         message = codec.decode(data)
         if isinstance(message, pb.Welcome):
-            self._is_hello_due |= not self.version and any(tracked.is_system for tracked in self.tracked.values())
+            self._is_hello_due |= not self.version and self._is_sampled
             self.version, self.created_unix_ns = message.protocol_version, message.created_unix_ns
             for cursor in message.cursors:
                 tracked = self.tracked.get(cursor.incarnation)
@@ -310,7 +310,8 @@ class Shipper:
         if self.tracked and (self._is_hello_due or self._is_unanswered(now_ns)):
             self._is_hello_due = False
             self._hello_ns = now_ns
-            yield codec.encode_hello(self.run_id, self.node_id, [_writer(t) for t in self.declared])
+            has_more = not self.version and self._is_sampled
+            yield codec.encode_hello(self.run_id, self.node_id, [_writer(t) for t in self.declared], has_more=has_more)
         yield from self._batches(now_ns)
         for incarnation, text, trouble in self.stacks.answers(now_ns):
             yield codec.encode_stack(incarnation, text, trouble)
@@ -388,7 +389,17 @@ class Shipper:
             )
             for tracked in self.declared
         ]
-        return codec.encode_heartbeat(self.node_id, progress, is_over=is_over)
+        return codec.encode_heartbeat(self.node_id, progress, is_over=is_over and self._is_known)
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether the aggregator knows every writer there is: before that, further ones will come."""
+        is_told = self.version > 0 or not self._is_sampled
+        return is_told and all(tracked.is_welcome for tracked in self.declared)
+
+    @property
+    def _is_sampled(self) -> bool:
+        return any(tracked.is_system for tracked in self.tracked.values())
 
     def byes(self) -> Iterator[bytes]:
         """Yield the ends again, for an aggregator that may have missed them."""

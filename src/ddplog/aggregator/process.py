@@ -108,7 +108,7 @@ class Aggregator:
         self._trimmed_ns = now
         self._is_stopping = False
         self._is_heard = False
-        """Whether an agent has said what it has: the run may have ended before, and be about to go on."""
+        """Whether an agent has said all that it has: the run may have ended before, and be about to go on."""
         self._patience_ns = now + _PATIENCE_NS
         self._heard_ns = now
         self._sought_ns = now
@@ -226,7 +226,7 @@ class Aggregator:
             return
         was_closed = self.pipeline.is_closed
         self._due_welcome[routing_id] = version, self.pipeline.hello(infos, now, wall)
-        self._is_heard = True
+        self._is_heard |= not hello.has_more
         if was_closed and not self.pipeline.is_closed:
             self.forwarders.resume()
 

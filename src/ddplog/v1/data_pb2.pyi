@@ -31,18 +31,20 @@ class Envelope(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., stack_request: _Optional[_Union[StackRequest, _Mapping]] = ..., stack: _Optional[_Union[Stack, _Mapping]] = ..., loss: _Optional[_Union[Loss, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "run_id", "node_id", "writers", "oldest_version")
+    __slots__ = ("protocol_version", "run_id", "node_id", "writers", "oldest_version", "has_more")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     WRITERS_FIELD_NUMBER: _ClassVar[int]
     OLDEST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    HAS_MORE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     run_id: str
     node_id: str
     writers: _containers.RepeatedCompositeFieldContainer[Writer]
     oldest_version: int
-    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., node_id: _Optional[str] = ..., writers: _Optional[_Iterable[_Union[Writer, _Mapping]]] = ..., oldest_version: _Optional[int] = ...) -> None: ...
+    has_more: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., node_id: _Optional[str] = ..., writers: _Optional[_Iterable[_Union[Writer, _Mapping]]] = ..., oldest_version: _Optional[int] = ..., has_more: bool = ...) -> None: ...
 
 class Writer(_message.Message):
     __slots__ = ("incarnation", "rank", "world_size", "local_rank", "node_rank", "pid", "host", "boot_id", "started_unix_ns", "is_alive", "oldest_seq", "role", "belongs_to")

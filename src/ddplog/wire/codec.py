@@ -85,14 +85,17 @@ _NESTED: Final[_Nested] = {
 }
 
 
-def encode_hello(run_id: str, node_id: str, writers: Iterable[Writer]) -> bytes:
-    """Encode a Hello that declares a node's writers, MAX_WRITERS at most."""
+def encode_hello(run_id: str, node_id: str, writers: Iterable[Writer], *, has_more: bool = False) -> bytes:
+    """Encode a Hello that declares a node's writers, MAX_WRITERS at most; `has_more`: others follow, once the version is
+    agreed.
+    """
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
         oldest_version=OLDEST_VERSION,
         run_id=run_id,
         node_id=node_id,
         writers=writers,
+        has_more=has_more,
     )
     return _encode("hello", hello)
 
