@@ -217,7 +217,8 @@ int nvmlDeviceGetFieldValues(Device *device, int count, struct field *fields)
     for (int i = 0; i < count; i++) {
         ull rate = device->number + 1 + (fields[i].id == 139 ? 100 : 0); /* MiB/s */
         fields[i].ret = fields[i].scope == 0xFFFFFFFFu ? OK : INVALID;
-        fields[i].value = micros() * rate * 1024 / 1000000;
+        fields[i].time = micros();
+        fields[i].value = (ull)fields[i].time * rate * 1024 / 1000000;
     }
     return OK;
 }

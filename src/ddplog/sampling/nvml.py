@@ -7,7 +7,6 @@ What fails otherwise is left out this time.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -200,7 +199,8 @@ class _Device:
         """What GPM tells, so that nothing else need be asked for it."""
         self._is_gpm_known = False
         """Whether it has told anything yet; the first sample only begins."""
-        self._links: tuple[float, dict[str, float]] | None = None
+        self._links: dict[str, tuple[float, float]] = {}
+        """Name -> (seconds, bytes) of the last call."""
         self._seen_us = 0
         self._processes_refused = False
         self._shares_refused = False
@@ -301,18 +301,16 @@ class _Device:
             "gpu/nvlink_rx_bytes_per_s": pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
         }
         fields = pynvml.nvmlDeviceGetFieldValues(self._handle, [(number, _ALL_LINKS) for number in names.values()])
-        now_s, totals = time.monotonic(), {}
+        now: dict[str, tuple[float, float]] = {}
         for name, field in zip(names, fields, strict=True):
             if field.nvmlReturn != pynvml.NVML_SUCCESS:
                 raise pynvml.NVMLError(field.nvmlReturn)
-            totals[name] = field.value.ullVal * _KIB
-        before, self._links = self._links, (now_s, totals)
-        if before is None or now_s <= before[0]:
-            return {}
+            now[name] = field.timestamp / 1e6, field.value.ullVal * _KIB  # when the driver read it
+        before, self._links = self._links, now
         return {
-            name: (total - before[1][name]) / (now_s - before[0])
-            for name, total in totals.items()
-            if total >= before[1][name]
+            name: (total - before[name][1]) / (at_s - before[name][0])
+            for name, (at_s, total) in now.items()
+            if before and at_s > before[name][0] and total >= before[name][1]
         }
 
     def _pcie(self) -> dict[str, float]:
