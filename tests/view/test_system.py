@@ -96,6 +96,11 @@ def test_the_report_draws_samples_over_time_in_a_section_of_their_own(run):
     assert 'data-key="sys/' not in metrics
 
 
+def test_seconds_are_no_rows_among_steps(run):
+    assert run.to_pandas().columns.tolist() == ["loss"]
+    assert run.metric("sys/step").to_pandas().index.tolist() == [0, 5, 10]
+
+
 def test_seconds_are_no_steps_of_an_attempt(tmp_path):
     """The mark of an attempt stands at its first training step."""
     maker = RunMaker(tmp_path / "r1")

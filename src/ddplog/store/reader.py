@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddplog.core.effects import RANK, SYSTEM
-from ddplog.core.records import NO_STEP
+from ddplog.core.records import NO_STEP, SYSTEM_PREFIX
 from ddplog.errors import DdplogError, RunNotFoundError
 from ddplog.store.columns import (
     Attempt,
@@ -369,12 +369,16 @@ class Run:
     def to_pandas(self) -> Any:
         """Return a DataFrame of every metric's value: one row per step, one column per key.
 
+        Without what was sampled, the keys below `sys/`: their steps are seconds. metric() has them.
+
         Raises:
             DdplogError: If pandas is not installed.
         """
         pandas = import_pandas()
         columns = {}
         for key in self.keys():
+            if key.startswith(SYSTEM_PREFIX):
+                continue
             found = self.metric(key)
             columns[key] = pandas.Series(found.value, index=pandas.Index(found.step, name="step"), dtype="float64")
         return pandas.DataFrame(columns).sort_index().rename_axis(index="step")
