@@ -98,7 +98,7 @@ def samplers(job):
 
 SHUFFLED = (
     ("5", 5),
-    ("7,2", 2),  # it computes on another than the one at its local rank
+    ("2,7", 2),  # it computes on another than the one at its local rank, 1
     (uuid(6), 6),
     ("GPU-a4", 4),  # the beginning of a UUID
     (None, 0),  # every GPU is visible: where it computes

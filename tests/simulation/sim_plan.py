@@ -164,7 +164,7 @@ def _write(rng, journal, first_step, num_steps, pace_ns, defines, *, is_killed, 
 
 
 def add_samplers(plan: Plan, rng: random.Random) -> None:
-    """Let every rank be sampled: once in 100 ms, at seconds that have nothing to do with its steps. A sampler may be
+    """Let every rank be sampled: once in 200 ms, at seconds that have nothing to do with its steps. A sampler may be
     killed, and another one take its place; it may see its rank's end late.
     """
     plan.reductions["sys/u"] = plan.reductions["sys/host"] = "mean"
@@ -176,11 +176,11 @@ def add_samplers(plan: Plan, rng: random.Random) -> None:
             killed_ns = now + rng.randint(50, 1500) * MS if rng.random() < 0.3 else None
             until_ns = rank.ends_ns + rng.choice((0, 5, 90)) * MS
             while now < until_ns and (killed_ns is None or now < killed_ns):
-                second = now // (100 * MS) * 5
+                second = now // (200 * MS) * 5
                 if rank.rank == 0:
                     sampler.log(now, NO_STEP, second, 1.0, ("sys/host",))
                 sampler.log(now, NO_STEP, second, 1.0, ("sys/u",))
-                now += 100 * MS
+                now += 200 * MS
             is_over = now >= until_ns
             sampler.has_finished = is_over
             if is_over:

@@ -133,7 +133,7 @@ class World:
         self.rng = random.Random(seed)
         rng = self.rng
         self.plan: Plan = make_plan(rng, is_quiet=self.is_quiet)
-        if seed % 3 == 1:
+        if seed % 6 == 1:
             add_samplers(self.plan, random.Random(seed))
         self.faults = Faults.draw(rng) if not self.is_quiet else Faults(0, 0, 0, 0, 0, 0, 0)
         self.is_trimming = rng.random() < 0.3

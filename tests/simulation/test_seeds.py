@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from simulation.sim_world import ViolationError, simulate
 
-CHUNK = 500
+CHUNK = 250
 PAST = [
     int(line.split()[0])
     for line in (Path(__file__).parent / "failing_seeds.txt").read_text().splitlines()
@@ -41,7 +41,7 @@ if chosen is not None:
 
 else:
 
-    @pytest.mark.parametrize("first", range(0, 8 * CHUNK, CHUNK))
+    @pytest.mark.parametrize("first", range(0, 16 * CHUNK, CHUNK))
     def test_seeds(first, suite_table):
         run(range(first, first + CHUNK), suite_table)
 
