@@ -12,8 +12,8 @@ from ddplog.cli.main import COMMANDS, cli
 def test_the_public_names():
     assert sorted(ddplog.__all__) == [
         "ConfigError", "DdplogError", "LocalProtocolError", "PermanentSinkError", "RemoteProtocolError",
-        "RetryableSinkError", "Run", "RunNotFoundError", "SinkError", "UsageError", "alert", "define_metric", "finish",
-        "flush", "init", "log", "log_params", "log_text", "open_run", "set_step",
+        "RetryableSinkError", "Run", "RunNotFoundError", "SinkError", "UsageError", "alert", "attach", "define_metric",
+        "finish", "flush", "init", "log", "log_params", "log_text", "open_run", "set_step",
     ]  # fmt: skip
     for name in ddplog.__all__:
         assert getattr(ddplog, name).__doc__

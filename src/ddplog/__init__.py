@@ -29,6 +29,7 @@ from ddplog.worker import current
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ddplog.ddp import attach
     from ddplog.store.reader import open_run
     from ddplog.worker.lifecycle import init
     from ddplog.worker.run import Run
@@ -47,6 +48,7 @@ __all__ = [
     "SinkError",
     "UsageError",
     "alert",
+    "attach",
     "define_metric",
     "finish",
     "flush",
@@ -61,6 +63,7 @@ __all__ = [
 
 _LAZY = {
     "Run": "ddplog.worker.run",
+    "attach": "ddplog.ddp",
     "init": "ddplog.worker.lifecycle",
     "open_run": "ddplog.store.reader",
 }

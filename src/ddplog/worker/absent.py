@@ -20,6 +20,7 @@ class NullRun(Run):
     dir = ""
     rank = 0
     world_size = 1
+    step = None
     drops: Mapping[str, int] = {}
 
     def log(self, data: Mapping[str, Any], step: int | None = None, weight: float = 1.0) -> None:  # noqa: ARG002

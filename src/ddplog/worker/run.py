@@ -108,6 +108,12 @@ class Run:
         return self._identity.world_size
 
     @property
+    def step(self) -> int | None:
+        """The ambient step, which set_step() sets; None without one."""
+        step = self._journal.ambient_step
+        return None if step == NO_STEP else step
+
+    @property
     def drops(self) -> Mapping[str, int]:
         """Values of this rank that were not taken: reason -> count."""
         return self._journal.drops
