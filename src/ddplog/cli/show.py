@@ -84,7 +84,7 @@ def _every_rank(run: Run, key: str) -> RankColumns:
 
 def _as_dict(run: Run, live: StatusReply | None) -> dict[str, Any]:
     from ddplog.core.effects import SYSTEM
-    from ddplog.view import audit, system, tables
+    from ddplog.view import audit, stragglers, system, tables
 
     writers, drops = run.writers(), run.drops()
     metrics, sampled = system.parted(run.metrics())
@@ -108,6 +108,7 @@ def _as_dict(run: Run, live: StatusReply | None) -> dict[str, Any]:
         "hang": hang.message if hang is not None else None,
         "metrics": [_metric(metric) for metric in metrics],
         "system": {"metrics": [_metric(metric) for metric in sampled], "drops": run.drops(SYSTEM)},
+        "stragglers": stragglers.find_stragglers(run),
         "params": run.params(),
         "texts": run.texts(),
         "events": run.events(),

@@ -24,6 +24,7 @@ from ddplog.core.stacks import alike, place
 from ddplog.view import series
 from ddplog.view.audit import rank_audits, sink_audits
 from ddplog.view.stacks import stored
+from ddplog.view.stragglers import find_stragglers
 from ddplog.view.system import is_system
 from ddplog.view.text import clean, count, how_ended, interest, moment, number, seconds
 
@@ -435,6 +436,7 @@ def _ranks_section(run: Run, found: _Collected, charts: Sequence[_Chart], first_
     if charts:
         cards = "".join(_card(first_index + i, chart) for i, chart in enumerate(charts))
         parts.append(f'<div class="cards wide">{cards}</div>')
+    parts.append(_stragglers_table(run))
     parts.append(_extremes_table(found.extremes))
     dropped: dict[int, int] = {}
     for drop in run.drops():
@@ -452,6 +454,26 @@ def _ranks_section(run: Run, found: _Collected, charts: Sequence[_Chart], first_
     heads = ("#attempt", "#rank", "host", "#pid", "state", "exit", "#step", "#records stored", "#drops")
     parts.append(_titled_table("Every rank", heads, rows) if rows else '<p class="note">No rank has joined.</p>')
     return "".join(parts)
+
+
+def _stragglers_table(run: Run) -> str:
+    rows = [
+        (
+            found.rank,
+            count(found.num_steps),
+            count(found.num_compared),
+            seconds(found.mean_s),
+            f"{found.share:.0%}",
+            found.cause or "nothing that was measured",
+        )
+        for found in find_stragglers(run)
+    ]
+    note = (
+        "Ranks for which the others waited, in perf/wait_s: whoever comes last waits least. Only those who did so far more "
+        "often than by chance, and cost the run at least 5 % of its time."
+    )
+    heads = ("#rank", "#steps held up", "#of", "#by, on average", "#of the time", "what takes it longer")
+    return _titled_table("Stragglers", heads, rows, note) if rows else ""
 
 
 def _extremes_table(extremes: Iterable[series.Extremes]) -> str:

@@ -20,6 +20,7 @@ from rich.text import Text
 from ddplog.core.effects import SYSTEM
 from ddplog.store.columns import RankColumns, SinkState
 from ddplog.view.audit import rank_audits, sink_audits
+from ddplog.view.stragglers import find_stragglers
 from ddplog.view.system import parted, system_table
 from ddplog.view.text import count, how_ended, interest, moment, number, seconds, status_words, words
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ddplog.store.reader import Run
     from ddplog.v1.control_pb2 import RankStatus, StatusReply
     from ddplog.view.audit import RankAudit, SinkAudit
+    from ddplog.view.stragglers import Straggler
 
 MAX_RANKS: Final = 64
 MAX_METRICS: Final = 100
@@ -40,6 +42,7 @@ MAX_PARAMS: Final = 60
 MAX_SUMMARY_METRICS: Final = 12
 MAX_SUMMARY_RANKS: Final = 8
 MAX_AUDIT_RANKS: Final = 64
+MAX_STRAGGLERS: Final = 8
 _FOLDER_HASH: Final = re.compile(r"-[0-9a-f]{8}$")
 """What a sink with a target has behind its name in its folder's."""
 
@@ -87,6 +90,8 @@ def show(run: Run, live: StatusReply | None = None) -> RenderableType:
         parts.append(words(f"hangs: {hang.message} (ddplog stacks {run.run_id})", "bold red", limit=400))
     world_size = run.attempts[-1].world_size if run.attempts else 0
     parts += _titled("Ranks", ranks(writers, drops, world_size, live.ranks if live is not None else ()))
+    stragglers = find_stragglers(run)
+    parts += _titled("Stragglers", stragglers_table(stragglers)) if stragglers else []
     parts += _titled(f"Metrics ({len(metrics)})", metrics_table(metrics))
     parts += _titled("System", system_table(sampled, run.drops(SYSTEM))) if sampled else []
     params = run.params()
@@ -111,6 +116,8 @@ def summary(run: Run) -> RenderableType:
     for event in run.events():
         if event.kind in ("hang", "loss"):
             facts.add_row(event.kind, words(event.message, "yellow"))
+    for straggler in find_stragglers(run)[:MAX_STRAGGLERS]:
+        facts.add_row("straggler", Text(straggler.describe(), style="yellow"))
     audits = rank_audits(run.writers(), run.drops())
     facts.add_row("values", _ranks_total(audits))
     counts = {audit_.name: audit_ for audit_ in sink_audits(run)}
@@ -193,6 +200,21 @@ def hanging(run: Run) -> Event | None:
     last = next((event for event in reversed(run.events()) if event.kind in ("hang", "hang_over")), None)
     newest = run.attempts[-1].attempt if run.attempts else 0
     return last if last is not None and last.kind == "hang" and last.attempt == newest else None
+
+
+def stragglers_table(stragglers: Sequence[Straggler]) -> RenderableType:
+    """Return the ranks that held up the others, the most costly first."""
+    table = _table(">rank", ">steps held up", ">of", ">by, on average", ">of the time", "what takes it longer")
+    for straggler in stragglers[:MAX_STRAGGLERS]:
+        table.add_row(
+            Text(str(straggler.rank), style="yellow"),
+            count(straggler.num_steps),
+            count(straggler.num_compared),
+            seconds(straggler.mean_s),
+            f"{straggler.share:.0%}",
+            straggler.cause or Text("nothing that was measured", style="dim"),
+        )
+    return _with_rest(table, len(stragglers) - MAX_STRAGGLERS, "ranks, in --json")
 
 
 def metrics_table(metrics: Sequence[Metric]) -> RenderableType:
