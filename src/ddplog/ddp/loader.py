@@ -6,6 +6,7 @@ what it was, keeps its attributes, pickles as what it was, and gets its class ba
 
 from __future__ import annotations
 
+import copyreg
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,6 +37,11 @@ class TimedIterator:
         return getattr(self._iterator, name)
 
 
+def make(cls: Any, *args: Any) -> Any:
+    """Make an object without initialising it: what copyreg.__newobj__ does."""
+    return cls.__new__(cls, *args)
+
+
 def time_loader(loader: Any, took: Callable[[float], None]) -> Callable[[], None]:
     """Have every iteration of a loader tell how long it waited.
 
@@ -62,6 +68,8 @@ def time_loader(loader: Any, took: Callable[[float], None]) -> Callable[[], None
         if not isinstance(made, tuple):
             return made
         function, arguments, *rest = made
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]  # pickle insists on the object's own class for it
+            function = make
         return (function, tuple(plain if item is timed else item for item in arguments), *rest)
 
     try:
