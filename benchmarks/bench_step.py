@@ -1,4 +1,4 @@
-"""What logging 20 metrics a step costs the steps of a real DDP job.
+"""What logging 20 metrics a step costs the steps of a real DDP job, and what ddplog.attach() does.
 
     python benchmarks/bench_step.py
 
@@ -9,6 +9,8 @@ processes, blocks of steps take turns, in an order drawn anew for each cycle:
   ddplog      run.log() of them on every rank
   stacked     the habit: stack them, one all_reduce, .item() of each
   one by one  the habit as it is often written: an all_reduce and an .item() per metric
+  attach      ddplog.attach(model, optimizer) and no metrics: the times of the phases; then with the gradients' norm as
+              well; then with DDP's communication too, which is all of it
 
 Blocks, not single steps, because the helpers work on what was logged a moment later; the first steps of a block are
 left out. The ratio is that of medians over cycles, with its 95 % bootstrap interval. ddplog's agent and aggregator
@@ -31,14 +33,17 @@ from typing import Any
 
 import common
 
-MODES = ("none", "ddplog", "stacked", "one by one")
+HOOKS = {"attach: times": (), "attach: + norm": ("grad_norm",), "attach: + comm": ("grad_norm", "comm")}
+"""Mode -> the parts that are attached for its block."""
+
+MODES = ("none", "ddplog", "stacked", "one by one", *HOOKS)
 _NUM_METRICS = 20
 _SKIP = 3
 _BUDGET_PCT = 0.5
 
 
-def make_step(hidden: int) -> Callable[[], list[Any]]:
-    """Return a function that does one training step and returns the step's metrics as tensors."""
+def make_step(hidden: int) -> tuple[Callable[[], list[Any]], Any, Any]:
+    """Return a function that does one training step and returns the step's metrics as tensors; model and optimizer."""
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -60,7 +65,7 @@ def make_step(hidden: int) -> Callable[[], list[Any]]:
         first = [loss.detach(), (output.argmax(1) == labels).float().mean()]
         return first + list(output.detach().mean(0).repeat(2)[: _NUM_METRICS - len(first)])
 
-    return step
+    return step, model, optimizer
 
 
 def make_loggers(run: Any) -> dict[str, Callable[[list[Any], int], Any]]:
@@ -89,7 +94,8 @@ def make_loggers(run: Any) -> dict[str, Callable[[list[Any], int], Any]]:
             result[name] = metric.item() / world
         return result
 
-    return dict(zip(MODES, (none, ddplog, stacked, one_by_one), strict=True))
+    found = {"none": none, "ddplog": ddplog, "stacked": stacked, "one by one": one_by_one}
+    return {**found, **dict.fromkeys(HOOKS, none)}
 
 
 def helper_pids(spool: Path) -> list[int]:
@@ -118,7 +124,7 @@ def work(folder: Path, options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     run = ddplog.init(run_id="bench", dir=str(folder / "runs"), spool=str(folder / "spool"), exit_wait_s=60)
-    step, loggers = make_step(options.hidden), make_loggers(run)
+    (step, model, optimizer), loggers = make_step(options.hidden), make_loggers(run)
     for number in range(10):
         metrics = step()
         for logger in loggers.values():
@@ -135,6 +141,7 @@ def work(folder: Path, options: argparse.Namespace) -> None:
         for mode in order:
             times, calls = [], []
             helpers = [common.cpu_s(pid) for pid in pids]
+            attached = ddplog.attach(model, optimizer, parts=HOOKS[mode]) if mode in HOOKS else None
             for _ in range(options.block):
                 start = time.perf_counter()
                 metrics = step()
@@ -144,6 +151,8 @@ def work(folder: Path, options: argparse.Namespace) -> None:
                 times.append(end - start)
                 calls.append(end - called)
                 number += 1
+            if attached is not None:
+                attached.detach()
             used = sum(common.cpu_s(pid) - before for pid, before in zip(pids, helpers, strict=True))
             cycle[mode] = {
                 "step_ms": statistics.median(times[_SKIP:]) * 1e3,

@@ -52,6 +52,7 @@ def main():
         model = DistributedDataParallel(model, device_ids=[device.index] if use_cuda else None)
     optimizer = torch.optim.SGD(model.parameters(), lr=CONFIG["lr"], momentum=CONFIG["momentum"])
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, CONFIG["epochs"])
+    ddplog.attach(model, optimizer)  # step, data, forward, backward, communication, gradient norm: all by itself
     loss_of = nn.CrossEntropyLoss()
     train, valid = make_loaders(rank, world_size)
 

@@ -61,7 +61,10 @@ def test_bench_step(tmp_path):
     shown, results = run("bench_step.py", tmp_path)
 
     assert "one by one" in shown
-    assert set(results["modes"]) == {"none", "ddplog", "stacked", "one by one"}
+    assert set(results["modes"]) == {
+        *("none", "ddplog", "stacked", "one by one"),
+        *("attach: times", "attach: + norm", "attach: + comm"),
+    }
     assert results["drops"] == {}
     assert results["helpers"] == 2
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ddplog.ddp.attachment import Attachment, find_ddp
-from ddplog.ddp.grad_norm import count_copies
+from ddplog.ddp.grad_norm import is_fsdp
 from ddplog.ddp.hook import has_hook
 from ddplog.errors import UsageError
 from ddplog.worker import current
@@ -82,4 +82,4 @@ def _inner(optimizer: Any) -> Any:
 def _is_bare(model: nn.Module) -> bool:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return False
-    return find_ddp(model) is None and not count_copies(model)
+    return find_ddp(model) is None and not is_fsdp(model)

@@ -34,6 +34,12 @@ def count_copies(model: nn.Module) -> dict[int, int]:
     return found
 
 
+def is_fsdp(model: nn.Module) -> bool:
+    """Return whether FSDP, 1 or 2, is around any part of a model."""
+    has_handle = next(iter(_flat_handles(model)), None) is not None
+    return has_handle or any(hasattr(parameter, "placements") for parameter in model.parameters())
+
+
 def _flat_handles(model: nn.Module) -> Iterable[Any]:
     """Return the handles of FSDP 1's flat parameters, as its own clip_grad_norm_() finds them."""
     for module in model.modules():
