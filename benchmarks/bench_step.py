@@ -139,15 +139,16 @@ def work(folder: Path, options: argparse.Namespace) -> None:
         draw.shuffle(order)
         cycle = {}
         for mode in order:
-            times, calls = [], []
+            times, calls, cpu = [], [], []
             helpers = [common.cpu_s(pid) for pid in pids]
             attached = ddplog.attach(model, optimizer, parts=HOOKS[mode]) if mode in HOOKS else None
             for _ in range(options.block):
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.thread_time()
                 metrics = step()
                 called = time.perf_counter()
                 loggers[mode](metrics, number)
                 end = time.perf_counter()
+                cpu.append(time.thread_time() - start_cpu)
                 times.append(end - start)
                 calls.append(end - called)
                 number += 1
@@ -157,6 +158,7 @@ def work(folder: Path, options: argparse.Namespace) -> None:
             cycle[mode] = {
                 "step_ms": statistics.median(times[_SKIP:]) * 1e3,
                 "mean_step_ms": statistics.fmean(times[_SKIP:]) * 1e3,
+                "cpu_ms": statistics.median(cpu[_SKIP:]) * 1e3,
                 "call_us": statistics.median(calls[_SKIP:]) * 1e6,
                 "helpers_ms_per_step": used * 1e3 / options.block,
             }
@@ -196,6 +198,7 @@ def summarize(measured: dict[str, Any], options: argparse.Namespace) -> dict[str
         results["modes"][mode] = {
             "step_ms": statistics.median(columns["step_ms"]),
             "mean_step_ms": statistics.median(columns["mean_step_ms"]),
+            "cpu_ms": statistics.median(columns["cpu_ms"]),
             "call_us": statistics.median(columns["call_us"]),
             "helpers_ms_per_step": statistics.fmean(columns["helpers_ms_per_step"]),
             "slower_pct": (ratio - 1) * 100,
@@ -214,7 +217,7 @@ def report(results: dict[str, Any]) -> None:
         mean_low, mean_high = found["mean_slower_pct_interval"]
         shown, shown_mean = f"{found['slower_pct']:+.2f}", f"{found['mean_slower_pct']:+.2f}"
         figures = [
-            f"{found['step_ms']:.2f}", f"{found['call_us']:.0f}",
+            f"{found['step_ms']:.2f}", f"{found['cpu_ms']:.2f}", "" if mode in HOOKS else f"{found['call_us']:.0f}",
             "" if mode == "none" else f"{shown} ({low:+.2f} to {high:+.2f})",
             "" if mode == "none" else f"{shown_mean} ({mean_low:+.2f} to {mean_high:+.2f})",
             f"{found['helpers_ms_per_step']:.2f}",
@@ -222,7 +225,14 @@ def report(results: dict[str, Any]) -> None:
         is_ours = mode == "ddplog"
         budget = f"≤ {_BUDGET_PCT:g} % (median)" if is_ours else ""
         rows.append(common.Row(mode, figures, budget, found["slower_pct"] <= _BUDGET_PCT if is_ours else None))
-    columns = ("step, ms", "call, µs", "median slower, %", "mean slower, %", "helpers' CPU, ms/step")
+    columns = (
+        "step, ms",
+        "its thread's CPU, ms",
+        "call, µs",
+        "median slower, %",
+        "mean slower, %",
+        "helpers' CPU, ms/step",
+    )
     title = f"2-process DDP job, {_NUM_METRICS} metrics a step, {results['cycles']} x {results['block']} steps a mode"
     note = "The helpers share the ranks' 2 cores here; on a training node they have some of their own."
     common.show(title, columns, rows, note if len(os.sched_getaffinity(0)) <= 2 else "")

@@ -1,10 +1,12 @@
 """attach() in one process: what is logged, what is not, and that nothing it does reaches training."""
 
 import copy
+import gc
 import io
 import math
 import threading
 import warnings
+import weakref
 
 import pytest
 
@@ -304,6 +306,18 @@ def test_a_copy_and_a_saved_model_are_not_attached(run, net, optimizer):
     train(net, optimizer)
     attached.detach()
     assert [weight for _, weight, _ in logged(run)] == [6.0]
+
+
+def test_a_model_that_is_dropped_without_detach_is_freed(run):
+    """A search over hyperparameters makes one model after the other; each would keep its GPU memory for ever."""
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    ddplog.attach(net, optimizer)
+    train(net, optimizer)
+    gone = weakref.ref(net)
+    del net, optimizer
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("is_compiled_first", [True, False])

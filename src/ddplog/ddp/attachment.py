@@ -9,7 +9,9 @@ from __future__ import annotations
 import atexit
 import logging
 import warnings
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -127,7 +129,8 @@ class Attachment:
             before = self._optimizer.register_step_pre_hook(guarded(self._optimizer_starts))
             after = self._optimizer.register_step_post_hook(guarded(self._optimizer_ends))
             self._undo += [before.remove, after.remove]
-        at_exit = guarded(self._recorder.close)  # the last steps, as far as the GPU is done with them
+        # The last steps, as far as the GPU is done with them. Weak: a model that nobody has any more is not kept for it.
+        at_exit = partial(_close, weakref.ref(self._recorder))
         atexit.register(at_exit)
         self._undo.append(lambda: atexit.unregister(at_exit))
 
@@ -214,6 +217,15 @@ class Attachment:
 
     def _log(self, step: Step) -> None:
         self._run.log({**step.sums, **step.values}, step=step.number, weight=step.num_samples or 1)
+
+
+def _close(reference: weakref.ref[Recorder]) -> None:
+    recorder = reference()
+    if recorder is not None:
+        try:
+            recorder.close()
+        except Exception as exc:  # noqa: BLE001 - the edge: a process that ends must not end with this
+            _logger.warning("ddplog.attach: the last steps' times are not logged: %r", exc)
 
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
