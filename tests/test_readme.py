@@ -1,5 +1,7 @@
 """README is the product's face: its example runs, its commands exist, its links lead somewhere, its table has tests."""
 
+import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -30,6 +32,17 @@ def test_every_command_line_shown_is_one_that_there_is():
         known = {option for parameter in command.params for option in parameter.opts}
         if name != "run":
             assert set(re.findall(r"--[a-z-]+", rest)) <= known
+
+
+def test_every_line_of_python_uses_what_there_is():
+    for block in blocks("python"):
+        ast.parse(block)
+        for module, name in re.findall(r"^from (ddplog\.\w+) import (\w+)", block, re.MULTILINE):
+            source = Path(importlib.util.find_spec(module).origin).read_text()
+            assert re.search(rf"^(class|def) {name}\b", source, re.MULTILINE), (module, name)
+        for module, name in re.findall(r"\b(ddplog\.(?:horovod|ddp))\.(\w+)\(", README):
+            source = Path(importlib.util.find_spec(module).origin).read_text()
+            assert re.search(rf"^(class|def) {name}\b", source, re.MULTILINE), (module, name)
 
 
 def test_every_file_named_is_there():
@@ -77,7 +90,7 @@ def test_it_names_no_placeholder():
 @pytest.mark.system
 def test_the_example_runs(tmp_path):
     """The twelve lines, with a loader of three batches and the open_run() of their own run."""
-    (example,) = blocks("python")
+    example = blocks("python")[0]
     prologue = """
 class Batch(list):
     num_tokens = 7
