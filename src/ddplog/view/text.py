@@ -104,10 +104,10 @@ def moment(when: datetime | None) -> str:
 
 
 def interest(key: str) -> tuple[int, str]:
-    """Return a sort key: losses first, then scores, then the rest, what the node sampler measured last."""
+    """Return a sort key: losses first, then scores, then the rest, what was measured and not logged last."""
     name = key.lower()
     head = name.partition("/")[0]
-    if head in ("sys", "system", "gpu", "host", "node"):
+    if head in ("sys", "system", "gpu", "host", "node", "cuda", "perf", "optim"):
         return 3, key
     if "loss" in name or "perplexity" in name:
         return 0, key
