@@ -45,7 +45,8 @@ while True:
 _SAMPLE = """
 import json, sys, time
 from pathlib import Path
-from ddplog.agent.sampler import Plan, Sampler
+from ddplog.agent.keeper import Plan
+from ddplog.agent.sampler import Sampler
 
 folder, with_gpus, count = Path(sys.argv[1]), sys.argv[2] == "gpus", int(sys.argv[3])
 began = time.perf_counter()

@@ -254,6 +254,12 @@ def test_import_ddplog_is_light():
 
 
 @pytest.mark.system
+def test_the_agent_has_nothing_to_do_with_drivers():
+    """Only the sampler's process calls them; and each node starts an agent, as soon as may be."""
+    assert not {"pynvml", "psutil", "numpy", "grpc"} & set(loaded_by("import ddplog.agent.process"))
+
+
+@pytest.mark.system
 def test_the_check_of_what_an_import_loads_can_fail():
     assert loaded_by("import sqlite3, google.protobuf.message") == ["sqlite3", "google.protobuf"]
 

@@ -2,18 +2,20 @@
 
 A call to a driver can hang, even so that SIGKILL does not end the process. So nobody waits for a sampler: a silent one is
 killed by its pid and forgotten, another one takes its place, and after MAX_STRIKES of them none calls a driver any more.
+Imports neither pynvml nor psutil: the agent has no use for them.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from ddplog.agent.sampler import Plan
 from ddplog.bootstrap import command
 
 _logger = logging.getLogger("ddplog.agent")
@@ -28,6 +30,23 @@ _GOOD_NS: Final = 60_000_000_000
 """A sampler that lived for so long is started again at once."""
 _END_NS: Final = 1_000_000_000
 """How long one that is asked to end may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What the agent wants of a sampler."""
+
+    created_unix_ns: int
+    """When the run was begun, as its store says: on every node the same."""
+    sample_s: float
+    with_gpus: bool = True
+    notice: str = ""
+    """What the run is to be told: why the sampler before this one was killed."""
+    notice_level: str = "warning"
+
+    def encode(self) -> str:
+        """Return it as a command line's word."""
+        return json.dumps(asdict(self))
 
 
 class Keeper:

@@ -21,10 +21,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ddplog.agent.keeper import Plan
 from ddplog.core.records import SYSTEM_PREFIX
 from ddplog.errors import RemoteProtocolError
 from ddplog.journal.pace import Pace
@@ -49,23 +49,6 @@ _COPIED: Final = (
     "rank", "world_size", "local_rank", "local_world_size", "node_rank", "launcher", "host", "boot_id", "run_id",
 )  # fmt: skip
 """Of the rank's identity."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What the agent wants of a sampler."""
-
-    created_unix_ns: int
-    """When the run was begun, as its store says: on every node the same."""
-    sample_s: float
-    with_gpus: bool = True
-    notice: str = ""
-    """What the run is to be told: why the sampler before this one was killed."""
-    notice_level: str = "warning"
-
-    def encode(self) -> str:
-        """Return it as a command line's word."""
-        return json.dumps(asdict(self))
 
 
 class Sampled:
