@@ -87,6 +87,7 @@ class SimReader:
 
     holder = 0  # whose exit status nobody learns
     is_at_exit = False
+    num_unarrived = 0  # nothing waits on a device
 
     def __init__(self, path):
         self.journal = path.journal

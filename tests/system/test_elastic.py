@@ -43,7 +43,12 @@ def log_and_wait(run, data, step=None, **more):
 
 ddplog.Run.log = log_and_wait
 sys.argv[:3] = [example]
-runpy.run_path(example, run_name="__main__")
+try:
+    runpy.run_path(example, run_name="__main__")
+except RuntimeError:  # the other one is gone
+    while "WAIT_FOR_LAUNCHER" in os.environ:
+        time.sleep(1)
+    raise
 """
 
 
@@ -192,7 +197,8 @@ def test_two_launchers_whose_restart_counts_differ_are_one_attempt(job, suite_ta
     """Reliability case 6: with c10d the group of the killed rank counts 1 restart, the other one 0, in one generation."""
     rendezvous = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{_free_port()}")
     words = (*TORCHRUN, *rendezvous, "--rdzv-id", "two", "--local-addr", "127.0.0.1", "--max-restarts", "2")
-    launchers = [job.start(*words, "--nproc-per-node", "1", *_example(job, 100, [35]), **GLOO) for _ in range(2)]
+    environ = {**GLOO, "WAIT_FOR_LAUNCHER": "1"}  # a rank that failed by itself would be a restart of its launcher's, too
+    launchers = [job.start(*words, "--nproc-per-node", "1", *_example(job, 100, [35]), **environ) for _ in range(2)]
     try:
         _kill_rank(job, 35)
         for launcher in launchers:
