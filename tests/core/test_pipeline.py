@@ -303,6 +303,21 @@ def test_a_new_world_size_opens_an_attempt_and_so_does_a_restarted_rank():
     ]
 
 
+def test_an_exit_that_is_told_before_the_rank_is_declared_is_kept_for_it():
+    """On a loaded machine the launcher's word may come before the agent's first Hello."""
+    a = Rank(0, 1).log(0, x=1.0)
+    h = Harness()
+    h.pipeline.rank_exit(0, 999, None, 15, "another process's", 1)
+    h.pipeline.rank_exit(0, a.info().pid, None, 9, "signal 9 (SIGKILL)", 1)
+    h.pipeline.finish("failed", "rank 0: signal 9 (SIGKILL)", 0)
+    h.hello(a)
+    h.end(a)
+    h.tick()
+
+    (writer,) = h.pipeline.writers.values()
+    assert (writer.state, writer.signal, writer.detail) == ("died", 9, "signal 9 (SIGKILL)")
+
+
 def test_attempts_are_never_mixed():
     a, b = Rank(0, 2).log(0, x=1.0).log(1, x=1.0), Rank(1, 2).log(0, x=3.0)
     h = Harness(a, b)

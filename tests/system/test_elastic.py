@@ -197,7 +197,10 @@ def test_two_launchers_whose_restart_counts_differ_are_one_attempt(job, suite_ta
     """Reliability case 6: with c10d the group of the killed rank counts 1 restart, the other one 0, in one generation."""
     rendezvous = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{_free_port()}")
     words = (*TORCHRUN, *rendezvous, "--rdzv-id", "two", "--local-addr", "127.0.0.1", "--max-restarts", "2")
-    environ = {**GLOO, "WAIT_FOR_LAUNCHER": "1"}  # a rank that failed by itself would be a restart of its launcher's, too
+    environ = {
+        **GLOO,
+        "WAIT_FOR_LAUNCHER": "1",
+    }  # a rank that failed by itself would be a restart of its launcher's, too
     launchers = [job.start(*words, "--nproc-per-node", "1", *_example(job, 100, [35]), **environ) for _ in range(2)]
     try:
         _kill_rank(job, 35)

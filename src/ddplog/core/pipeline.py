@@ -85,6 +85,8 @@ class Pipeline:
         """Every set of names once: each segment of each journal declares them anew, under other ids."""
         self._redefined: set[int] = set()
         self._nonfinite_keys: set[int] = set()
+        self._early_exits: list[tuple[int, int, int | None, int | None, str]] = []
+        """(rank, pid, exit code, signal, message) of ranks that no agent has declared yet."""
         self._restored_stale: list[Stale] = []
         self._hang_due_ns = 0
         self._effects = Effects()
@@ -200,7 +202,16 @@ class Pipeline:
             if not writer.is_system:  # a rank has come back; a sampler's last words change nothing
                 self.verdict = None
                 self._effects.verdict = ("", "")
+        if not writer.is_system:
+            self._apply_early_exits(writer, time_unix_ns)
         return writer
+
+    def _apply_early_exits(self, writer: Writer, time_unix_ns: int) -> None:
+        """Take what the launcher said of a rank before anybody had declared it."""
+        known = [e for e in self._early_exits if e[0] == writer.info.rank and e[1] in (0, writer.info.pid)]
+        for early in known:
+            self._early_exits.remove(early)
+            self._exited(writer, *early[2:], time_unix_ns)
 
     def _choose_attempt(self, info: WriterInfo, now_ns: int, time_unix_ns: int) -> tuple[Attempt, bool]:
         if not self.attempts:
@@ -527,9 +538,10 @@ class Pipeline:
         """The launcher says how a rank of the current attempt ended."""
         ranks = [writer for writer in self.writers.values() if not writer.is_system]
         candidates = [w for w in ranks if w.info.rank == rank and pid in (0, w.info.pid)]
-        if not candidates:
-            return
-        self._exited(candidates[-1], exit_code, signal, message, time_unix_ns)
+        if candidates:
+            self._exited(candidates[-1], exit_code, signal, message, time_unix_ns)
+        else:  # the launcher was faster than the agent's Hello
+            self._early_exits.append((rank, pid, exit_code, signal, message))
 
     def exited(self, incarnation: bytes, status: int, time_unix_ns: int) -> None:
         """The agent has learned the wait(2) status of a writer's process. It says so again and again."""
