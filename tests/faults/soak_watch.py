@@ -109,7 +109,10 @@ class Watch:
             if not _lives(life.process):
                 continue
             try:
-                if life.process.cmdline() != life.words:
+                words = life.process.cmdline()
+                if not words:  # it is ending just now; its samples count
+                    continue
+                if words != life.words:
                     del self._lives[key]
                     continue
                 with life.process.oneshot():
