@@ -120,13 +120,14 @@ class TestAttach:
         run, _ = attached
         every = {"perf/wait_s", "perf/optimizer_s", "perf/comm_bytes", "perf/comm_s", "perf/forward_s",
                  "perf/backward_s", "optim/lr", "optim/grad_norm"}  # fmt: skip
-        assert {metric.key for metric in run.metrics()} == every | {"perf/step_s", "perf/samples_per_s"}
+        assert {metric.key for metric in run.metrics()} == every | {"perf/step_s", "perf/samples_per_s", "perf/data_s"}
         for key in every:
             metric = run.metric(key)
             assert metric.step.tolist() == list(range(2 * STEPS)), key
             assert set(metric.n.tolist()) == {2}, key
         firsts = {0, STEPS}  # of each attach(): no step ended before
-        assert run.metric("perf/step_s").step.tolist() == [s for s in range(2 * STEPS) if s not in firsts]
+        for key in ("perf/step_s", "perf/data_s"):
+            assert run.metric(key).step.tolist() == [s for s in range(2 * STEPS) if s not in firsts], key
 
     def test_the_rank_that_the_others_wait_for_waits_least_itself(self, attached):
         """Which is how `ddplog show` finds it: min_rank of perf/wait_s."""
@@ -136,12 +137,27 @@ class TestAttach:
         assert (metric.min_rank[slow] == 1).mean() > 0.5
         assert (metric.max[slow] > 0.01).mean() > 0.5
 
+    def test_the_time_before_the_forward_pass_is_the_datas(self, attached):
+        """Which is what `ddplog show` says takes the slow rank longer."""
+        run, _ = attached
+        metric = run.metric("perf/data_s")
+        slow = (metric.step % STEPS) >= WARM_UP
+        assert (metric.max_rank[slow] == 1).mean() > 0.5
+        assert (metric.max[slow] >= 0.02).all()
+
     def test_the_parts_of_a_step_are_within_it(self, attached):
         run, _ = attached
         step_s = run.metric("perf/step_s")
-        for key in ("perf/forward_s", "perf/backward_s", "perf/optimizer_s", "perf/comm_s", "perf/wait_s"):
+        for key in (
+            "perf/data_s",
+            "perf/forward_s",
+            "perf/backward_s",
+            "perf/optimizer_s",
+            "perf/comm_s",
+            "perf/wait_s",
+        ):
             part = run.metric(key)
-            kept = [index for index, step in enumerate(part.step.tolist()) if step not in (0, STEPS)]
+            kept = [index for index, step in enumerate(part.step.tolist()) if step in step_s.step]
             assert (part.min > 0).all(), key
             assert (part.mean[kept] <= step_s.mean).all(), key
         assert (run.metric("perf/wait_s").mean <= run.metric("perf/comm_s").mean).all()

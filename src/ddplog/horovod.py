@@ -1,7 +1,9 @@
 """Measures what each rank of a Horovod job does in a step, and logs it: `ddplog.horovod.attach(hvd, optimizer)`.
 
     perf/step_s         from the end of one optimizer step to that of the next
-    perf/forward_s      the model's forward passes since the last step; only where attach() was given the model
+    perf/data_s         from the end of one step to the first forward pass of the next: waiting for data, mostly. Left out
+                        where the model was evaluated in between, and like the next only where attach() was given the model
+    perf/forward_s      the model's forward passes since the last step
     perf/backward_s     from the gradient of the model's output, else from the first one handed to Horovod (a little
                         later), to the begin of synchronize()
     perf/comm_s         from the first gradient handed to Horovod to the end of synchronize(): part of it lies under the
@@ -145,6 +147,8 @@ class Attached:
     def _forget(self) -> None:
         """Begin a step."""
         self._num_samples = 0
+        self._data_ns: int | None = None
+        self._is_evaluated = False
         self._forward_began_ns = self._forward_ns = 0
         self._backward_began_ns = self._backward_ended_ns = 0
         self._sent_ns = self._synchronized_ns = 0
@@ -155,9 +159,14 @@ class Attached:
     # -- what happens in a step, in this order
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not self._is_on or module is not self._model or not module.training:
+        if not self._is_on or module is not self._model:
+            return
+        if not module.training:
+            self._is_evaluated = True
             return
         self._forward_began_ns = perf_counter_ns()
+        if self._data_ns is None:
+            self._data_ns = self._forward_began_ns - self._step_ended_ns
         first = next(_tensors((*args, *kwargs.values())), None)
         if first is not None and first.ndim:
             self._num_samples += int(first.shape[0])
@@ -243,6 +252,8 @@ class Attached:
         }
         if self._sent_ns:
             values["perf/comm_s"] = (self._synchronized_ns - self._sent_ns) * _NS
+        if self._data_ns is not None and self._step_ended_ns and not self._is_evaluated:
+            values["perf/data_s"] = self._data_ns * _NS
         if self._forward_ns:
             values["perf/forward_s"] = self._forward_ns * _NS
         backward_began_ns = self._backward_began_ns or self._sent_ns
