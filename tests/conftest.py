@@ -27,16 +27,22 @@ def suite_table(record_property: Callable[[str, object], None]) -> Callable[...,
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print a line for each suite; its parts, in whatever process they ran, are summed."""
+    """Print a line for each suite; its parts, in whatever process they ran, are summed. And the mutants."""
+    found = [kept for report in terminalreporter.getreports("passed") for kept in report.user_properties]
+    _print_suites(terminalreporter, [value for name, value in found if name == "suite"])
+    mutants = [value for name, value in found if name == "mutant"]
+    if mutants:
+        terminalreporter.section("simulation: planted bugs, and the first seed that saw each")
+        for name, seed, what in mutants:
+            terminalreporter.write_line(f"{name:40} seed {seed:4}  {what}")
+
+
+def _print_suites(terminalreporter: pytest.TerminalReporter, found: list[tuple[str, dict[str, int]]]) -> None:
     suites: dict[str, dict[str, int]] = {}
-    for report in terminalreporter.getreports("passed"):
-        for name, value in report.user_properties:
-            if name != "suite":
-                continue
-            suite, counts = value
-            row = suites.setdefault(suite, {})
-            for what, count in counts.items():
-                row[what] = row.get(what, 0) + count
+    for suite, counts in found:
+        row = suites.setdefault(suite, {})
+        for what, count in counts.items():
+            row[what] = row.get(what, 0) + count
     if not suites:
         return
     terminalreporter.section("what was thrown at it")

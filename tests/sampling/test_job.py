@@ -223,7 +223,7 @@ def test_ranks_on_one_gpu_on_parts_of_one_and_on_none(job, stub):
 
 
 def test_a_call_to_the_driver_that_hangs_harms_nobody(job, stub):
-    """The sampler is killed, and after three times no GPU is looked at; the host is, and training knows nothing of it."""
+    """Reliability case 26. The sampler is killed, and after three times no GPU is looked at; the host is, and training knows nothing of it."""
     stub.say("gpus 2", "hang nvmlDeviceGetPowerUsage 1")
     process = start(job, [("0", 0), ("1", 1)])
     wait_until(lambda: [e for e in open_events(job) if "not sampled any more" in e.message], 90)
