@@ -226,4 +226,10 @@ def test_what_others_write_into_pyproject_is_not_ours_to_refuse(tmp_path):
 
 
 def test_a_wrong_type_in_a_file_is_named(tmp_path):
-    assert refusal(tmp_path, toml='port = "80"').setting == "port"
+    """And so is the file: it may be one that somebody else wrote."""
+    assert refusal(tmp_path, toml='port = "80"').setting == f"{tmp_path / 'ddplog.toml'}: port"
+
+
+def test_sampling_is_off_or_not_too_often(tmp_path):
+    assert resolve_in(tmp_path, sample_s=0.0).sample_s == 0
+    assert refusal(tmp_path, sample_s=-1.0).allowed == "must be 0 (none), or between 1 and 3600"

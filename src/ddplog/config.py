@@ -120,8 +120,8 @@ class Settings:
         _check_range("max_keys", self.max_keys, 1, 1_000_000)
         _check_range("rank_log_bytes", self.rank_log_bytes, 1024 * 1024, 1024**5)
         _check_range("port", self.port, 0, 65535)
-        if self.sample_s:
-            _check_range("sample_s", self.sample_s, 1, 3600)
+        if self.sample_s and not 1 <= self.sample_s <= 3600:
+            raise ConfigError("sample_s", self.sample_s, "must be 0 (none), or between 1 and 3600")
         if self.stack_signal and not 34 <= self.stack_signal <= 64:
             raise ConfigError("stack_signal", self.stack_signal, "0 (none), or a real-time signal: 34 to 64")
         for sink in self.sinks:
@@ -153,7 +153,7 @@ def resolve(
     for name, value in table.items():
         if name not in known:
             raise ConfigError(f"{path}: {name}", value, f"no such setting; there are {', '.join(sorted(known))}")
-        values[name], origins[name] = _coerce(name, value), str(path)
+        values[name], origins[name] = _coerce(name, value, f"{path}: {name}"), str(path)
     for name in known:
         variable = f"DDPLOG_{name.upper()}"
         if variable in environ:
@@ -162,7 +162,7 @@ def resolve(
         if name not in known:
             raise ConfigError(name, value, f"no such setting; there are {', '.join(sorted(known))}")
         if value is not None:
-            values[name], origins[name] = _coerce(name, value), "argument"
+            values[name], origins[name] = _coerce(name, value, name), "argument"
     return Settings(**values, origins=origins)
 
 
@@ -225,14 +225,14 @@ def _parse(shown: str, name: str, text: str) -> Any:
         raise ConfigError(shown, text, f"must be {allowed}") from exc
 
 
-def _coerce(name: str, value: Any) -> Any:
+def _coerce(name: str, value: Any, shown: str) -> Any:
     wanted = _type_name(name)
     if wanted == "tuple[str, ...]":
         if isinstance(value, str):
             return _words(value)
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        raise ConfigError(name, value, "a list of strings")
+        raise ConfigError(shown, value, "a list of strings")
     if wanted == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if wanted == "int" and isinstance(value, int) and not isinstance(value, bool):
@@ -241,7 +241,7 @@ def _coerce(name: str, value: Any) -> Any:
         return value
     if wanted.startswith("str") and isinstance(value, (str, os.PathLike)):
         return os.fspath(value)
-    raise ConfigError(name, value, f"must be of type {wanted}, not {type(value).__name__}")
+    raise ConfigError(shown, value, f"must be of type {wanted}, not {type(value).__name__}")
 
 
 def _check_name(setting: str, value: str) -> None:

@@ -264,6 +264,22 @@ def test_an_exception_in_a_rank_is_the_cause():
     assert h.statuses == [("failed", "rank 0: ValueError: no")]
 
 
+@pytest.mark.parametrize(("signal", "cause"), [(9, "rank 1: signal 9 (SIGKILL)"), (15, "rank 0: RuntimeError: gone")])
+def test_a_killed_rank_is_the_cause_of_its_peers_exception_and_a_stopped_one_its_consequence(signal, cause):
+    """Plain torchrun: rank 0's collective fails because rank 1 was killed; torchrun then stops the others by SIGTERM."""
+    a = Rank(0, 2).say(type="finish", status="failed", detail="RuntimeError: gone")
+    b = Rank(1, 2).log(0, x=1.0)
+    h = Harness(a, b)
+    for time_unix_ns, rank in enumerate((b, a) if signal == 9 else (a, b), 1):
+        h.send(rank)
+        h.pipeline.bye(rank.incarnation, len(rank.records), h.now, time_unix_ns)
+    h.pipeline.exited(b.incarnation, signal, 9)
+    h.pipeline.node("0", True, 0)
+    h.tick()
+
+    assert h.statuses == [("failed", cause)]
+
+
 def test_the_launchers_verdict_waits_for_the_last_record():
     a = Rank(0, 1).log(0, x=1.0)
     h = Harness(a)

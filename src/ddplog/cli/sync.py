@@ -12,7 +12,7 @@ from ddplog import config
 from ddplog.cli.target import find, run_argument
 from ddplog.errors import RunNotFoundError
 from ddplog.journal.spool import open_spool
-from ddplog.launch.sync import deliver, finish_job, unfinished_jobs
+from ddplog.launch.sync import deliver, finish_job, is_live, unfinished_jobs
 from ddplog.store.reader import open_run
 
 
@@ -38,6 +38,8 @@ def command(run: str, folder: str | None, sinks: Sequence[str], timeout_s: float
     is_complete = True
     with console.status("reading the journals left on this node") as status:
         for job in jobs:
+            if is_live(job):
+                console.print(f"its ranks still run: waiting for them to end, {timeout_s:g} s at most (Ctrl-C: not)")
             status.update(f"shipping what {job} still holds")
             is_complete &= finish_job(job, timeout_s)
     with open_run(path) as past:

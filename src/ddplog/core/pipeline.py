@@ -52,6 +52,8 @@ from ddplog.core.watermark import NOTHING_YET
 
 _HANG_CHECK_NS: Final = 1_000_000_000
 _MAX_ENDED_NAMED: Final = 4
+_STOPPED_BY: Final = (1, 2, 15)
+"""SIGHUP, SIGINT, SIGTERM."""
 SILENT_NODE_NS: Final = 30_000_000_000
 """A node without a sign of life for this long, after the launcher's last word, is not waited for."""
 
@@ -689,8 +691,10 @@ class Pipeline:
         members = self.attempts[self.attempt].members
         died = [w for w in members if w.state == "died"]
         failed = [w for w in members if w.state == "failed" or (w.state == "killed" and w.finish_status == "finished")]
-        if failed:
-            first = min(failed, key=lambda w: w.ended_unix_ns or 0)
+        # The exception of a rank whose peer was killed is a consequence; so is a death by what launchers stop ranks with.
+        causes = failed + [w for w in died if w.signal is not None and w.signal not in _STOPPED_BY]
+        if causes:
+            first = min(causes, key=lambda w: w.ended_unix_ns or 0)
             return "failed", f"rank {first.info.rank}: {first.detail}"
         if died:
             first = min(died, key=lambda w: w.ended_unix_ns or 0)

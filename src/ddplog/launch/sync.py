@@ -13,6 +13,7 @@ from typing import Final
 
 from ddplog.bootstrap import command
 from ddplog.journal.election import ensure_agent, has_agent
+from ddplog.journal.segment import is_held
 from ddplog.journal.spool import DONE, read_job
 from ddplog.store.sink_states import SinkState, read_sink_states
 
@@ -32,6 +33,11 @@ def _unfinished(spool: Path, run_dir: Path) -> Iterator[Path]:
             continue
         if job.run_dir.resolve() == run_dir and not (path.parent / DONE).exists():
             yield path.parent
+
+
+def is_live(folder: Path) -> bool:
+    """Tell whether a rank of the job lives: then all that can be done is to wait for it."""
+    return any(is_held(path) for path in folder.glob("*/alive"))
 
 
 def finish_job(folder: Path, timeout_s: float) -> bool:
