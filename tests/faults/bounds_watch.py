@@ -54,11 +54,12 @@ class Watch:
                     self.spool_bytes[folder.name] = max(size, self.spool_bytes[folder.name])
 
     def _processes(self):
-        started = [psutil.Process(process.pid) for process in self.job.processes if process.poll() is None]
+        started = [process.pid for process in self.job.processes if process.poll() is None]
         helpers = [("agent", self.job.agent_pid()), ("aggregator", self.job.aggregator_pid())]
-        for process in started:
-            with suppress(psutil.Error):
-                yield from (("rank", rank) for rank in process.children(recursive=True) if _is_rank(rank))
+        for pid in started:
+            with suppress(psutil.Error):  # it may end at any moment
+                children = psutil.Process(pid).children(recursive=True)
+                yield from (("rank", rank) for rank in children if _is_rank(rank))
         for kind, pid in helpers:
             with suppress(psutil.Error):
                 if pid:
