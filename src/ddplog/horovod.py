@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
-from ddplog.core.records import NO_STEP
 from ddplog.errors import UsageError
 from ddplog.worker import contexts, current, doubts
 from ddplog.worker import identity as identity_of
@@ -241,8 +240,7 @@ class Attached:
             doubt = _find_doubt(self._hvd, run)
             if doubt is not None:
                 doubts.tell(run, doubt)
-        ambient = run._journal.ambient_step  # noqa: SLF001 - the same package
-        run.log({**self._times(ended_ns), **self._optim()}, step=self._next_step if ambient == NO_STEP else ambient)
+        run.log({**self._times(ended_ns), **self._optim()}, step=self._next_step if run.step is None else run.step)
 
     def _times(self, ended_ns: int) -> dict[str, float]:
         values = {
